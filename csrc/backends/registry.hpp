@@ -1,0 +1,23 @@
+// The backends of this build, by name.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "sidp/backend.hpp"
+
+namespace sidp {
+
+struct BackendOptions {
+  std::string name = "host";
+  Rank rank = 0;
+  Rank world_size = 1;
+  std::string token;
+};
+
+std::vector<std::string> backend_names();
+// Throws Error(kUnsupported) for a backend that this build does not have.
+std::shared_ptr<Backend> make_backend(const BackendOptions& options, std::shared_ptr<Bootstrap> bootstrap);
+
+}  // namespace sidp

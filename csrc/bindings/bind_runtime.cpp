@@ -1,0 +1,100 @@
+#include "bindings.hpp"
+#include "dlpack.hpp"
+#include "sidp/runtime.hpp"
+
+namespace py = pybind11;
+
+namespace sidp::bindings {
+
+namespace {
+
+py::typing::Dict<py::str, py::object> to_dict(const RuntimeStats& s) {
+  py::dict steps, tokens, decisions;
+  for (const Mode mode : {Mode::kWas, Mode::kCas}) {
+    const py::str name{std::string(to_string(mode))};
+    steps[name] = s.steps[static_cast<std::size_t>(mode)];
+    tokens[name] = s.tokens[static_cast<std::size_t>(mode)];
+  }
+  for (std::size_t i = 0; i < s.decisions.size(); ++i)
+    decisions[py::str(std::string(to_string(static_cast<Reason>(i))))] = s.decisions[i];
+  py::typing::Dict<py::str, py::object> d;
+  d["steps"] = steps;
+  d["tokens"] = tokens;
+  d["decisions"] = decisions;
+  d["steps_broken_off"] = s.steps_broken_off;
+  d["fetches"] = s.prefetcher.fetches;
+  d["ring_hits"] = s.prefetcher.ring_hits;
+  d["fetch_wait_ns"] = s.prefetcher.wait_ns;
+  d["layers_drained"] = s.prefetcher.drained;
+  d["copies"] = s.prefetcher.lane.copies;
+  d["bytes_by_peer"] = s.prefetcher.lane.bytes_by_peer;
+  d["copy_ns"] = s.prefetcher.lane.copy_ns;
+  d["lane_wait_ns"] = s.prefetcher.lane.wait_ns;
+  d["requests_by_peer"] = s.requester.requests_by_peer;
+  d["request_rows"] = s.requester.rows_sent;
+  d["request_bytes"] = s.requester.bytes_sent;
+  d["reply_wait_ns"] = s.requester.wait_ns;
+  d["fallbacks"] = s.requester.fallbacks;
+  d["served_by_peer"] = s.service.served_by_peer;
+  d["served_rows"] = s.service.rows;
+  d["served_failed"] = s.service.failed;
+  d["served_compute_ns"] = s.service.compute_ns;
+  return d;
+}
+
+void remote_compute(Runtime& runtime, LayerIndex layer, OpIndex op, const py::object& x, const py::object& y) {
+  const RowsArgument in = rows_from_dlpack(x, "x");
+  const RowsArgument out = rows_from_dlpack(y, "y");
+  if (runtime.mailbox() != nullptr && op >= 0 && static_cast<std::size_t>(op) < runtime.mailbox()->ops().size()) {
+    const Op& entry = runtime.mailbox()->ops()[static_cast<std::size_t>(op)];
+    if (in.row_bytes != entry.in_row_bytes || out.row_bytes != entry.out_row_bytes || in.rows != out.rows)
+      throw Error(ErrorCode::kShape,
+                  "op '" + entry.name + "' takes rows of " + std::to_string(entry.in_row_bytes) + " bytes and gives " +
+                      std::to_string(entry.out_row_bytes) + "; x has " + std::to_string(in.rows) + " rows of " +
+                      std::to_string(in.row_bytes) + ", y " + std::to_string(out.rows) + " of " +
+                      std::to_string(out.row_bytes),
+                  {.layer = layer});
+  }
+  const py::gil_scoped_release release;
+  runtime.remote_compute({}, layer, op, in.data, in.rows, out.data);
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& m) {
+  py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
+      .def(py::init([](std::shared_ptr<WeightPool> pool, std::vector<Op> ops, std::int64_t deadline_ms,
+                       std::int64_t max_rows, ByteCount row_bytes, std::int32_t element_bytes,
+                       const MachineProfile& profile, std::optional<Mode> fixed, double hysteresis,
+                       std::uint32_t test_lane_delay_us, std::uint32_t test_service_delay_us) {
+             RuntimeOptions options;
+             options.deadline = Milliseconds(deadline_ms);
+             options.max_rows = max_rows;
+             options.row_bytes = row_bytes;
+             options.ops_per_layer = static_cast<std::int32_t>(ops.size());
+             options.element_bytes = element_bytes;
+             options.profile = profile;
+             options.policy = {fixed, hysteresis};
+             options.lane.test_delay_us = test_lane_delay_us;
+             options.service.test_delay_us = test_service_delay_us;
+             return std::make_shared<Runtime>(std::move(pool), std::move(ops), options);
+           }),
+           py::arg("pool"), py::arg("ops"), py::kw_only(), py::arg("deadline_ms"), py::arg("max_rows"),
+           py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("hysteresis"),
+           py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0, ReleaseGil())
+      .def("begin_step", &Runtime::begin_step, py::arg("num_tokens"))
+      .def(
+          "end_step", [](Runtime& r, bool broken_off) { r.end_step({}, broken_off); }, py::arg("broken_off"),
+          ReleaseGil())
+      .def(
+          "fetch_layer", [](Runtime& r, LayerIndex layer) { r.fetch_layer({}, layer); }, py::arg("layer"), ReleaseGil(),
+          "Waits for the layer; its bytes are at the address that the placement gives.")
+      .def(
+          "release_layer", [](Runtime& r, LayerIndex layer) { r.release_layer({}, layer); }, py::arg("layer"))
+      .def("remote_compute", &remote_compute, py::arg("layer"), py::arg("op"), py::arg("x"), py::arg("y"),
+           "y = op(layer, x); x and y are row-major host tensors that support DLPack.")
+      .def("stats", [](const Runtime& r) { return to_dict(r.stats()); })
+      .def("close", &Runtime::close, ReleaseGil());
+}
+
+}  // namespace sidp::bindings

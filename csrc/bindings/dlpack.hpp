@@ -1,0 +1,57 @@
+// Tensors cross by DLPack (https://dmlc.github.io/dlpack/latest/): its C structs, an exporter of bytes that keeps their
+// owner alive, and a reader of contiguous host tensors.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "sidp/error.hpp"
+#include "sidp/types.hpp"
+
+namespace sidp::bindings {
+
+struct DLDevice {
+  std::int32_t device_type;  // 1: CPU
+  std::int32_t device_id;
+};
+struct DLDataType {
+  std::uint8_t code;  // 1: unsigned integer
+  std::uint8_t bits;
+  std::uint16_t lanes;
+};
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  std::int32_t ndim;
+  DLDataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;  // null: row-major
+  std::uint64_t byte_offset;
+};
+struct DLManagedTensor {
+  DLTensor dl_tensor;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensor*);
+};
+
+// Bytes of a pool as a 1-D uint8 tensor. Tensors made of it keep `owner` alive.
+struct ByteView {
+  std::byte* data;
+  ByteCount bytes;
+  std::shared_ptr<const void> owner;
+
+  [[nodiscard]] pybind11::capsule dlpack() const;
+};
+
+// A contiguous 2-D tensor in host memory.
+struct RowsArgument {
+  pybind11::object capsule;  // keeps the tensor alive
+  std::byte* data;
+  std::int64_t rows;
+  ByteCount row_bytes;
+};
+// Throws Error(kShape) for another device, rank or layout; `what` names the tensor.
+RowsArgument rows_from_dlpack(const pybind11::object& tensor, const char* what);
+
+}  // namespace sidp::bindings

@@ -1,0 +1,172 @@
+#include "sidp/runtime.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+
+#include "sidp/error.hpp"
+
+namespace sidp {
+
+namespace {
+
+constexpr double kNewSampleShare = 0.25;  // of the moving average of step times
+
+constexpr std::size_t index(Mode mode) { return static_cast<std::size_t>(mode); }
+
+}  // namespace
+
+Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeOptions options)
+    : pool_(std::move(pool)), options_(std::move(options)) {
+  if (options_.deadline.count() < 1)
+    throw Error(ErrorCode::kConfig, "the deadline is " + std::to_string(options_.deadline.count()) + " ms");
+  const Placement& placement = pool_->placement();
+  const Rank rank = pool_->backend().rank();
+  for (LayerIndex layer = 0; layer < placement.num_layers(); ++layer) {
+    shape_.total_bytes += placement.layer_bytes(layer);
+    if (placement.is_local(rank, layer)) continue;
+    shape_.streamed_bytes += placement.layer_bytes(layer);
+    ++shape_.streamed_layers;
+    const Rank owner = placement.owner(layer);
+    if (std::find(owners_.begin(), owners_.end(), owner) == owners_.end()) owners_.push_back(owner);
+  }
+  shape_.ops_per_layer = options_.ops_per_layer;
+  shape_.row_bytes = options_.row_bytes;
+  shape_.element_bytes = options_.element_bytes;
+  if (options_.policy.fixed == Mode::kCas && ops.empty() && placement.world_size() > 1)
+    throw Error(ErrorCode::kConfig, "mode CaS needs ops: declare what the owner of a layer shall compute");
+  decide({.num_tokens = 1}, shape_, options_.profile, options_.policy);  // rejects a bad policy before anything is made
+  if (!ops.empty()) {
+    mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows);
+    requester_ = std::make_unique<Requester>(*pool_, *mailbox_, options_.deadline);
+  }
+  prefetcher_ = std::make_unique<Prefetcher>(*pool_, options_.deadline, options_.lane);
+  if (mailbox_) service_ = std::make_unique<ComputeService>(*pool_, *mailbox_, options_.service);
+}
+
+Runtime::~Runtime() { close(); }
+
+void Runtime::close() noexcept {
+  if (closed_) return;
+  closed_ = true;
+  if (service_) service_->stop();
+  pool_->backend().leave();
+  prefetcher_->stop();
+}
+
+void Runtime::check_open() const {
+  if (closed_) throw Error(ErrorCode::kClosed, "the runtime is closed", {.rank = pool_->backend().rank()});
+}
+
+void Runtime::check_in_step(const char* call) const {
+  check_open();
+  if (!in_step_)
+    throw Error(ErrorCode::kUsage, std::string(call) + " outside a step; open one with step()",
+                {.rank = pool_->backend().rank()});
+}
+
+bool Runtime::peers_available() const {
+  return std::all_of(owners_.begin(), owners_.end(), [&](Rank owner) {
+    return requester_ ? requester_->available(owner) : pool_->backend().alive(owner);
+  });
+}
+
+std::optional<double>& Runtime::measured(Mode mode, std::int64_t num_tokens) {
+  return step_ms_[index(mode)][static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(num_tokens))) % 64];
+}
+
+Decision Runtime::begin_step(std::int64_t num_tokens) {
+  check_open();
+  if (in_step_)
+    throw Error(ErrorCode::kUsage, "a step is open already; steps do not nest", {.rank = pool_->backend().rank()});
+  if (num_tokens < 1)
+    throw Error(ErrorCode::kConfig, "num_tokens is " + std::to_string(num_tokens) + ", must be at least 1");
+  if (lane_failed_)
+    throw Error(ErrorCode::kUsage,
+                "an earlier fetch outlived its deadline and the ring is no longer in order; close this runtime",
+                {.rank = pool_->backend().rank()});
+  const PolicySnapshot snapshot{.num_tokens = num_tokens,
+                                .max_rows = mailbox_ ? mailbox_->max_rows() : 0,
+                                .peers_available = peers_available(),
+                                .previous = previous_,
+                                .was_ms = measured(Mode::kWas, num_tokens),
+                                .cas_ms = measured(Mode::kCas, num_tokens)};
+  decision_ = decide(snapshot, shape_, options_.profile, options_.policy);
+  in_step_ = true;
+  step_tokens_ = num_tokens;
+  step_start_ = Clock::now();
+  prefetcher_->begin_step();
+  return decision_;
+}
+
+void Runtime::end_step(Stream stream, bool broken_off) {
+  check_in_step("end_step");
+  in_step_ = false;
+  ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
+  stats_.last_decision = decision_;
+  const bool skipped = decision_.mode == Mode::kWas && !lane_failed_ && !prefetcher_->step_complete();
+  if (skipped) prefetcher_->drain_step(stream);
+  if (broken_off || skipped || lane_failed_) {
+    ++stats_.steps_broken_off;
+    if (!broken_off && skipped)
+      throw Error(ErrorCode::kUsage,
+                  "the step ended before every streamed layer was fetched and released; the rest was skipped",
+                  {.rank = pool_->backend().rank()});
+    return;
+  }
+  ++stats_.steps[index(decision_.mode)];
+  stats_.tokens[index(decision_.mode)] += static_cast<std::uint64_t>(step_tokens_);
+  previous_ = decision_.mode;
+  const double ms = std::chrono::duration<double, std::milli>(Clock::now() - step_start_).count();
+  auto& average = measured(decision_.mode, step_tokens_);
+  average = average ? *average + kNewSampleShare * (ms - *average) : ms;
+}
+
+const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
+  check_in_step("fetch_layer");
+  if (pool_->is_local(layer)) return pool_->local_layer(layer);
+  if (decision_.mode != Mode::kWas)
+    throw Error(ErrorCode::kUsage,
+                "fetch_layer of streamed layer " + std::to_string(layer) +
+                    " in a CaS step; use remote_compute, the mode is fixed when a step begins",
+                {.rank = pool_->backend().rank(), .layer = layer});
+  try {
+    return prefetcher_->fetch(stream, layer);
+  } catch (const Error& error) {
+    lane_failed_ = lane_failed_ || error.code() == ErrorCode::kDeadline;
+    throw;
+  }
+}
+
+void Runtime::release_layer(Stream stream, LayerIndex layer) {
+  check_in_step("release_layer");
+  if (!pool_->is_local(layer)) prefetcher_->release(stream, layer);
+}
+
+void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
+                             std::byte* y) {
+  check_in_step("remote_compute");
+  if (!requester_) throw Error(ErrorCode::kUnknownName, "no ops were declared when this runtime was made");
+  if (pool_->is_local(layer))
+    throw Error(ErrorCode::kUsage, "layer " + std::to_string(layer) + " is local; fetch it and compute here",
+                {.rank = pool_->backend().rank(), .layer = layer});
+  if (decision_.mode != Mode::kCas)
+    throw Error(ErrorCode::kUsage,
+                "remote_compute of layer " + std::to_string(layer) +
+                    " in a WaS step; use fetch_layer, the mode is fixed when a step begins",
+                {.rank = pool_->backend().rank(), .layer = layer});
+  requester_->compute(stream, layer, op, x, rows, y);
+}
+
+RuntimeStats Runtime::stats() const {
+  RuntimeStats stats = stats_;
+  stats.prefetcher = prefetcher_->stats();
+  if (requester_) stats.requester = requester_->stats();
+  if (service_) stats.service = service_->stats();
+  const auto world_size = static_cast<std::size_t>(pool_->placement().world_size());
+  stats.requester.requests_by_peer.resize(world_size, 0);
+  stats.service.served_by_peer.resize(world_size, 0);
+  return stats;
+}
+
+}  // namespace sidp

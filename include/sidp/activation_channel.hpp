@@ -1,0 +1,126 @@
+// CaS: a requester puts rows into its slot at the owner of a layer; the owner's service computes and puts rows back.
+// One request in flight per (requester, owner), so both flags are constants.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "sidp/op.hpp"
+#include "sidp/weight_pool.hpp"
+
+namespace sidp {
+
+// First bytes of a request slot; the rows follow at kAlignment.
+struct RequestHeader {
+  LayerIndex layer;
+  OpIndex op;
+  std::int64_t rows;
+};
+
+// First bytes of a reply slot; the rows follow at kAlignment.
+struct ReplyHeader {
+  std::int32_t failed;  // 0: the rows follow; 1: `message` says why there are none
+  char message[240];    // NUL-terminated, cut to fit
+};
+static_assert(sizeof(RequestHeader) <= kAlignment && sizeof(ReplyHeader) <= kAlignment);
+
+// Request and reply slots of all ranks and the ops that may be asked for.
+class Mailbox {
+ public:
+  // Collective: the op tables and max_rows are compared on all ranks, then the slots allocated.
+  Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows);
+
+  [[nodiscard]] const std::vector<Op>& ops() const { return ops_; }
+  [[nodiscard]] std::int64_t max_rows() const { return max_rows_; }
+  [[nodiscard]] const SymmetricBuffer& buffer() const { return *buffer_; }
+  // Bytes from the start of the owner's piece to the slot of that requester, and of the requester's to that owner's.
+  [[nodiscard]] ByteCount request_offset(Rank requester) const { return request_stride_ * rank_index(requester); }
+  [[nodiscard]] ByteCount reply_offset(Rank owner) const { return replies_at_ + reply_stride_ * rank_index(owner); }
+  // Index of the op of that name, or Error(kUnknownName).
+  [[nodiscard]] OpIndex op_index(const std::string& name) const;
+  // The kernel of an op for a layer, or Error(kUnknownName).
+  [[nodiscard]] const OpKernel& kernel(LayerIndex layer, OpIndex op) const;
+
+ private:
+  static ByteCount rank_index(Rank rank) { return static_cast<ByteCount>(rank); }
+
+  std::vector<Op> ops_;
+  std::int64_t max_rows_;
+  ByteCount request_stride_ = 0;
+  ByteCount reply_stride_ = 0;
+  ByteCount replies_at_ = 0;
+  std::unique_ptr<SymmetricBuffer> buffer_;
+};
+
+struct RequesterStats {
+  std::vector<std::uint64_t> requests_by_peer;  // answered by the peer
+  std::uint64_t rows_sent = 0;
+  ByteCount bytes_sent = 0;
+  std::uint64_t wait_ns = 0;    // time blocked on replies
+  std::uint64_t fallbacks = 0;  // computed here on the owner's bytes, because it no longer answers
+};
+
+class Requester {
+ public:
+  Requester(WeightPool& pool, const Mailbox& mailbox, Milliseconds deadline);
+
+  // y = op(layer, x) for `rows` rows, x and y as OpKernel::run. If the owner is dead or does not answer within the
+  // deadline it is not asked again: the op runs here, on the owner's bytes, which outlive it.
+  // Throws Error(kShape) for rows outside 1 .. max_rows, Error(kUnknownName), Error(kRemoteOp) with the owner's words.
+  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y);
+
+  // False once the rank was found dead or did not answer.
+  [[nodiscard]] bool available(Rank owner) const;
+  [[nodiscard]] const RequesterStats& stats() const { return stats_; }
+
+ private:
+  WeightPool& pool_;
+  const Mailbox& mailbox_;
+  Milliseconds deadline_;
+  std::vector<bool> gave_up_;
+  RequesterStats stats_;
+};
+
+struct ServiceStats {
+  std::vector<std::uint64_t> served_by_peer;
+  std::uint64_t failed = 0;
+  std::uint64_t rows = 0;
+  std::uint64_t compute_ns = 0;
+};
+
+struct ServiceOptions {
+  std::uint32_t test_delay_us = 0;  // tests only: sleep before answering, to play a hung owner
+};
+
+// Answers requests on a thread of its own, in order of arrival, one at a time, whatever the owner's engine does.
+class ComputeService {
+ public:
+  ComputeService(WeightPool& pool, const Mailbox& mailbox, const ServiceOptions& options);
+  ~ComputeService();
+  ComputeService(const ComputeService&) = delete;
+  ComputeService& operator=(const ComputeService&) = delete;
+
+  void stop() noexcept;  // after the request in work
+  [[nodiscard]] ServiceStats stats() const;
+
+ private:
+  void run();
+  void serve(Rank requester);
+
+  WeightPool& pool_;
+  const Mailbox& mailbox_;
+  ServiceOptions options_;
+  std::atomic<bool> stop_{false};
+  std::vector<std::byte> reply_;  // rows computed here, then put
+  std::vector<std::atomic<std::uint64_t>> served_by_peer_;
+  std::atomic<std::uint64_t> failed_{0};
+  std::atomic<std::uint64_t> rows_{0};
+  std::atomic<std::uint64_t> compute_ns_{0};
+  std::thread thread_;
+};
+
+}  // namespace sidp

@@ -1,0 +1,137 @@
+// What a backend provides: symmetric memory, flags, lanes and liveness. The protocols of csrc/core are written on
+// this interface alone, so they run unchanged on the host, on GPUs and under the deterministic simulator.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "sidp/bootstrap.hpp"
+#include "sidp/types.hpp"
+
+namespace sidp {
+
+// A flag is a word that one side sets and the other waits for. It only ever holds these two constants, so the same
+// operations are valid eagerly, in a replayed graph and across steps.
+using FlagValue = std::uint32_t;
+inline constexpr FlagValue kEmpty = 0;
+inline constexpr FlagValue kFull = 1;
+
+struct FlagRef {
+  Rank rank;            // in whose memory the flag lies; only that rank waits for it
+  std::uint32_t index;  // 0 .. num_flags-1
+};
+
+enum class WaitResult : std::uint8_t { kReady, kDeadline, kPeerDead, kStopped };
+
+struct WaitOptions {
+  Milliseconds deadline{30000};
+  Rank peer = -1;                           // end the wait when this rank dies; -1: nobody
+  const std::atomic<bool>* stop = nullptr;  // end the wait when it becomes true
+};
+
+// Memory that every rank of the group holds a piece of. Destroying it drops this process's mappings only: on the host
+// a peer's mapping keeps the pages alive after the owner has gone.
+class SymmetricBuffer {
+ public:
+  virtual ~SymmetricBuffer() = default;
+  [[nodiscard]] virtual std::byte* local() const = 0;
+  // The peer's piece as mapped here, or nullptr where the backend has no direct mapping. Read-only unless the buffer
+  // was allocated with peer_writable.
+  [[nodiscard]] virtual std::byte* peer(Rank rank) const = 0;
+  [[nodiscard]] virtual ByteCount bytes(Rank rank) const = 0;
+};
+
+class LocalBuffer {
+ public:
+  virtual ~LocalBuffer() = default;
+  [[nodiscard]] virtual std::byte* data() const = 0;
+  [[nodiscard]] virtual ByteCount bytes() const = 0;
+};
+
+// One operation of a lane. Flags are the own rank's; src may be a peer's memory.
+struct LaneOp {
+  enum class Kind : std::uint8_t { kWait, kCopy, kSignal };
+  Kind kind;
+  std::uint32_t flag = 0;
+  FlagValue value = kEmpty;
+  Rank peer = -1;  // kCopy: where the bytes come from
+  std::byte* dst = nullptr;
+  const std::byte* src = nullptr;
+  ByteCount bytes = 0;
+};
+
+struct LaneStats {
+  std::uint64_t copies = 0;
+  std::vector<ByteCount> bytes_by_peer;
+  std::uint64_t copy_ns = 0;  // time inside copies
+  std::uint64_t wait_ns = 0;  // time blocked on empty slots
+};
+
+// An ordered queue of asynchronous copies that repeats its program until it is stopped: the lane drives itself, at
+// least one step ahead, and needs no hook in the engine. A signal is ordered after the copies before it (release).
+class Lane {
+ public:
+  virtual ~Lane() = default;  // stops
+  virtual void stop() noexcept = 0;
+  [[nodiscard]] virtual LaneStats stats() const = 0;
+};
+
+struct LaneOptions {
+  std::uint32_t test_delay_us = 0;  // tests only: sleep before every copy
+};
+
+struct Capabilities {
+  std::string name;                 // "host", "nvshmem"
+  bool stream_ordered = false;      // calls that take a Stream only enqueue
+  bool direct_peer_access = false;  // SymmetricBuffer::peer() is never null
+  bool memory_outlives_owner = false;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  [[nodiscard]] virtual Rank rank() const = 0;
+  [[nodiscard]] virtual Rank world_size() const = 0;
+  [[nodiscard]] virtual const Capabilities& capabilities() const = 0;
+  [[nodiscard]] virtual Bootstrap& bootstrap() = 0;
+
+  // --- Collective: every rank calls them, in the same order. On a failure of any rank all ranks throw and none keeps
+  // anything. Throws Error(kCapacity), Error(kDeadline).
+  virtual void create_flags(std::uint32_t num_flags) = 0;  // once; all kEmpty; starts peer liveness
+  virtual std::unique_ptr<SymmetricBuffer> allocate_symmetric(std::span<const ByteCount> bytes_by_rank,
+                                                              const std::string& label, bool peer_writable) = 0;
+
+  // --- Local. Throws Error(kCapacity).
+  virtual std::unique_ptr<LocalBuffer> allocate_local(ByteCount bytes, const std::string& label) = 0;
+  virtual std::unique_ptr<Lane> make_lane(std::vector<LaneOp> program, const LaneOptions& options) = 0;
+  virtual std::thread start_thread(const std::string& name, std::function<void()> body) = 0;
+  // False once the rank has left or its process has ended, however it ended. A stopped (hung) process counts as alive.
+  [[nodiscard]] virtual bool alive(Rank rank) const = 0;
+  // Tells the peers that this rank no longer answers; its memory stays readable where they have mapped it.
+  virtual void leave() noexcept = 0;
+
+  // --- Data path. On a stream-ordered backend these enqueue on `stream` and return kReady.
+  // Waits until the own flag equals `expected` (acquire).
+  virtual WaitResult wait(Stream stream, std::uint32_t flag, FlagValue expected, const WaitOptions& options) = 0;
+  // Sets a flag of any rank, ordered after everything this thread or stream wrote before (release).
+  virtual void signal(Stream stream, FlagRef flag, FlagValue value) = 0;
+  // Copies into `peer`'s piece of `buffer` at byte `offset`.
+  virtual void put(Stream stream, const SymmetricBuffer& buffer, Rank peer, ByteCount offset, const void* src,
+                   ByteCount bytes) = 0;
+  virtual void copy(Stream stream, void* dst, const void* src, ByteCount bytes) = 0;
+  // The flag's value now, without ordering; for counters. Empty where only the device can tell.
+  [[nodiscard]] virtual std::optional<FlagValue> peek(std::uint32_t flag) const = 0;
+  // Blocks until one of the own flags first .. first+count-1 is kFull, `stop` is true, or `timeout` has passed.
+  virtual bool wait_any_full(std::uint32_t first, std::uint32_t count, Milliseconds timeout,
+                             const std::atomic<bool>& stop) = 0;
+  // Makes waits that watch a stop flag look at it again.
+  virtual void interrupt() noexcept = 0;
+};
+
+}  // namespace sidp

@@ -1,0 +1,92 @@
+// Runtime: steps over a weight pool. One engine thread at a time; replicas never wait for each other's steps.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "sidp/activation_channel.hpp"
+#include "sidp/mode_policy.hpp"
+#include "sidp/prefetcher.hpp"
+#include "sidp/weight_pool.hpp"
+
+namespace sidp {
+
+struct RuntimeOptions {
+  Milliseconds deadline{30000};  // of every wait in a step
+  std::int64_t max_rows = 0;     // of a request; 0 with no ops
+  ByteCount row_bytes = 0;       // see StepShape
+  std::int32_t ops_per_layer = 0;
+  std::int32_t element_bytes = 4;
+  PolicyConfig policy;
+  MachineProfile profile;
+  LaneOptions lane;        // tests only
+  ServiceOptions service;  // tests only
+};
+
+struct RuntimeStats {
+  PrefetcherStats prefetcher;
+  RequesterStats requester;
+  ServiceStats service;
+  std::array<std::uint64_t, 2> steps{};      // by Mode
+  std::array<std::uint64_t, 2> tokens{};     // by Mode
+  std::array<std::uint64_t, 6> decisions{};  // by Reason
+  std::uint64_t steps_broken_off = 0;
+  Decision last_decision{};
+};
+
+class Runtime {
+ public:
+  // Collective: ops and max_rows are compared on all ranks and the slots allocated; then the lane and the service
+  // start.
+  Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeOptions options);
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  // Begins a step of num_tokens rows and fixes its mode. Throws Error(kUsage) inside another step.
+  Decision begin_step(std::int64_t num_tokens);
+  // Ends it. broken_off: what the step did not use is consumed unread, so that the next step finds the lane in order;
+  // otherwise a WaS step that skipped layers throws Error(kUsage) after the same.
+  void end_step(Stream stream, bool broken_off);
+
+  // First byte of the layer, valid until release_layer: its own memory for a local layer, the ring for a streamed one.
+  // Streamed layers only in a WaS step. Errors as Prefetcher::fetch.
+  const std::byte* fetch_layer(Stream stream, LayerIndex layer);
+  void release_layer(Stream stream, LayerIndex layer);  // nothing to do for a local layer
+  // Streamed layers only, in a CaS step only. Errors as Requester::compute.
+  void remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y);
+
+  [[nodiscard]] const WeightPool& pool() const { return *pool_; }
+  [[nodiscard]] const Mailbox* mailbox() const { return mailbox_.get(); }
+  [[nodiscard]] RuntimeStats stats() const;
+  // Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.
+  void close() noexcept;
+
+ private:
+  void check_open() const;
+  void check_in_step(const char* call) const;
+  [[nodiscard]] bool peers_available() const;
+  std::optional<double>& measured(Mode mode, std::int64_t num_tokens);
+
+  std::shared_ptr<WeightPool> pool_;
+  RuntimeOptions options_;
+  StepShape shape_;
+  std::vector<Rank> owners_;  // of streamed layers
+  std::unique_ptr<Mailbox> mailbox_;
+  std::unique_ptr<Requester> requester_;
+  std::unique_ptr<Prefetcher> prefetcher_;
+  std::unique_ptr<ComputeService> service_;
+  RuntimeStats stats_;
+  bool closed_ = false;
+  bool in_step_ = false;
+  bool lane_failed_ = false;  // a fetch outlived its deadline: the ring's state is unknown
+  Decision decision_{};
+  std::optional<Mode> previous_;
+  std::int64_t step_tokens_ = 0;
+  Clock::time_point step_start_;
+  std::array<std::array<std::optional<double>, 64>, 2> step_ms_{};  // by mode and bit width of the token count
+};
+
+}  // namespace sidp

@@ -1,0 +1,367 @@
+"""
+C++ core of sidp_runtime. Use the Python classes of sidp_runtime instead.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import typing_extensions
+
+__all__: list[str] = [
+    "ALIGNMENT",
+    "Backend",
+    "ByteView",
+    "Decision",
+    "MachineProfile",
+    "Mode",
+    "Op",
+    "OpKernel",
+    "Placement",
+    "RingEntry",
+    "Runtime",
+    "StepShape",
+    "WeightPool",
+    "backend_names",
+    "cuda_report",
+    "decide",
+    "load_torch",
+    "make_backend",
+    "measure_round_trip_us",
+    "predict_step_ms",
+    "torch_kernel",
+    "unlink_segments",
+]
+
+class RingEntry:
+    """
+    One copy of a step: a layer, its slot and the layer to be released first.
+    """
+    @property
+    def after_layer(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+class Placement:
+    """
+    Who owns which layer, and where everything lies. Pure: equal on all ranks.
+    """
+    @staticmethod
+    def by_layer(
+        layer_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        world_size: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        ring_slots: typing.SupportsInt | typing.SupportsIndex = 2,
+        resident_layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+    ) -> Placement:
+        """
+        Whole layers in order, each to the rank that holds fewest bytes so far.
+
+        layer_bytes: bytes of each layer, above 0. ring_slots: upper bound of a rank's slots. resident_layers: kept on
+        every rank. No rank holds more than total / world_size + the largest layer. Raises ConfigError.
+        """
+    def is_local(
+        self, rank: typing.SupportsInt | typing.SupportsIndex, layer: typing.SupportsInt | typing.SupportsIndex
+    ) -> bool: ...
+    def is_resident(self, layer: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def layer_bytes(self, layer: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def num_slots(self, rank: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def offset(self, layer: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes from the start of the owner's pool.
+        """
+    def owner(self, layer: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Owner of a layer; -1 for a resident one.
+        """
+    def pool_bytes(self, rank: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes of the layers that the rank owns.
+        """
+    def ring_bytes(self, rank: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def ring_plan(self, rank: typing.SupportsInt | typing.SupportsIndex) -> list[RingEntry]: ...
+    def slot_bytes(self, rank: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def streamed_layers(self, rank: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+        """
+        Layers owned elsewhere, in order of use.
+        """
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int:
+        """
+        Bytes of the resident layers, on each rank.
+        """
+    @property
+    def world_size(self) -> int: ...
+
+class Backend:
+    def alive(self, rank: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        False once the rank has left or its process has ended.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+
+class OpKernel:
+    """
+    An op's computation, run from C++ without the GIL.
+    """
+
+class Op:
+    def __init__(
+        self,
+        *,
+        name: str,
+        in_row_bytes: typing.SupportsInt | typing.SupportsIndex,
+        out_row_bytes: typing.SupportsInt | typing.SupportsIndex,
+        kernels: collections.abc.Sequence[OpKernel | None],
+    ) -> None:
+        """
+        kernels: one for each layer of the pool, None where a layer lacks the op.
+        """
+    @property
+    def name(self) -> str: ...
+
+class Mode:
+    """
+    How the streamed layers of one step are used.
+
+    Members:
+
+      WAS : layers are copied into the ring ahead of use
+
+      CAS : activations are sent to the owner of the layer
+    """
+
+    CAS: typing.ClassVar[Mode]
+    WAS: typing.ClassVar[Mode]
+    __members__: typing.ClassVar[dict[str, Mode]]
+    @typing.overload
+    def __eq__(self, other: Mode) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Mode) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class MachineProfile:
+    def __init__(
+        self,
+        *,
+        copy_bytes_per_s: typing.SupportsFloat | typing.SupportsIndex,
+        round_trip_us: typing.SupportsFloat | typing.SupportsIndex,
+        memory_bytes_per_s: typing.SupportsFloat | typing.SupportsIndex,
+        flops_per_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def copy_bytes_per_s(self) -> float: ...
+    @property
+    def flops_per_s(self) -> float: ...
+    @property
+    def memory_bytes_per_s(self) -> float: ...
+    @property
+    def round_trip_us(self) -> float: ...
+
+class StepShape:
+    def __init__(
+        self,
+        *,
+        total_bytes: typing.SupportsInt | typing.SupportsIndex,
+        streamed_bytes: typing.SupportsInt | typing.SupportsIndex,
+        streamed_layers: typing.SupportsInt | typing.SupportsIndex,
+        ops_per_layer: typing.SupportsInt | typing.SupportsIndex = 0,
+        row_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
+        element_bytes: typing.SupportsInt | typing.SupportsIndex = 4,
+    ) -> None: ...
+
+class Decision:
+    @property
+    def cas_ms(self) -> float: ...
+    @property
+    def mode(self) -> Mode: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def was_ms(self) -> float: ...
+
+class ByteView:
+    """
+    Bytes of a pool; torch.from_dlpack() makes a uint8 tensor that keeps them alive.
+    """
+    def __dlpack__(
+        self,
+        *,
+        stream: typing.Any = None,
+        max_version: typing.Any = None,
+        dl_device: typing.Any = None,
+        copy: typing.Any = None,
+    ) -> typing_extensions.CapsuleType:
+        """
+        DLPack's protocol; host memory only.
+        """
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class WeightPool:
+    def __init__(self, backend: Backend, placement: Placement, manifest: str) -> None: ...
+    def is_local(self, layer: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def local_layer(self, layer: typing.SupportsInt | typing.SupportsIndex) -> ByteView:
+        """
+        Bytes of a local layer.
+        """
+    def publish(self) -> None: ...
+    def ring_view(
+        self, offset: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> ByteView:
+        """
+        Bytes of the ring; valid between fetch_layer and release_layer.
+        """
+    @property
+    def published(self) -> bool: ...
+
+class Runtime:
+    def __init__(
+        self,
+        pool: WeightPool,
+        ops: collections.abc.Sequence[Op],
+        *,
+        deadline_ms: typing.SupportsInt | typing.SupportsIndex,
+        max_rows: typing.SupportsInt | typing.SupportsIndex,
+        row_bytes: typing.SupportsInt | typing.SupportsIndex,
+        element_bytes: typing.SupportsInt | typing.SupportsIndex,
+        profile: MachineProfile,
+        fixed: Mode | None,
+        hysteresis: typing.SupportsFloat | typing.SupportsIndex,
+        test_lane_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
+        test_service_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def begin_step(self, num_tokens: typing.SupportsInt | typing.SupportsIndex) -> Decision: ...
+    def close(self) -> None: ...
+    def end_step(self, broken_off: bool) -> None: ...
+    def fetch_layer(self, layer: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Waits for the layer; its bytes are at the address that the placement gives.
+        """
+    def release_layer(self, layer: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def remote_compute(
+        self,
+        layer: typing.SupportsInt | typing.SupportsIndex,
+        op: typing.SupportsInt | typing.SupportsIndex,
+        x: typing.Any,
+        y: typing.Any,
+    ) -> None:
+        """
+        y = op(layer, x); x and y are row-major host tensors that support DLPack.
+        """
+    def stats(self) -> dict[str, typing.Any]: ...
+
+def backend_names() -> list[str]:
+    """
+    Backends of this build.
+    """
+
+def cuda_report() -> dict[str, typing.Any]:
+    """
+    What the CUDA driver says about this machine; never raises for what is missing.
+
+    Keys: ``compiled`` (this build has the CUDA part), ``compiled_version`` (of the headers, "13.0" or None),
+    ``driver`` (CUDA version that the driver supports, or None), ``reason`` (why no device can be used, "" when one
+    can), ``devices`` (one dict each: ordinal, name, uuid, memory_bytes, compute_capability, num_sms,
+    num_async_engines, stream_mem_ops_64bit, stream_wait_value_nor, flush_remote_writes, and can_access_peer, a list
+    of bool by ordinal). The driver is initialised: a process forked afterwards cannot use CUDA.
+    """
+
+def decide(
+    *,
+    num_tokens: typing.SupportsInt | typing.SupportsIndex,
+    max_rows: typing.SupportsInt | typing.SupportsIndex,
+    peers_available: bool,
+    previous: Mode | None,
+    was_ms: typing.SupportsFloat | typing.SupportsIndex | None,
+    cas_ms: typing.SupportsFloat | typing.SupportsIndex | None,
+    shape: StepShape,
+    profile: MachineProfile,
+    fixed: Mode | None,
+    hysteresis: typing.SupportsFloat | typing.SupportsIndex,
+) -> Decision:
+    """
+    The pure mode policy.
+    """
+
+def load_torch(library: str) -> None:
+    """
+    Looks up torch's functions in the loaded libtorch_cpu.
+    """
+
+def make_backend(
+    name: str,
+    rank: typing.SupportsInt | typing.SupportsIndex,
+    world_size: typing.SupportsInt | typing.SupportsIndex,
+    token: str,
+    all_gather: collections.abc.Callable[[str, bytes], list[bytes]],
+) -> Backend: ...
+def measure_round_trip_us(rounds: typing.SupportsInt | typing.SupportsIndex) -> float:
+    """
+    Median microseconds of a round trip between two threads through the host backend's flags.
+    """
+
+def predict_step_ms(
+    mode: Mode, num_tokens: typing.SupportsInt | typing.SupportsIndex, profile: MachineProfile, shape: StepShape
+) -> float:
+    """
+    Predicted milliseconds of a step, pooled weights only (see include/sidp/mode_policy.hpp).
+    """
+
+def torch_kernel(
+    *,
+    weights: list[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            list[typing.SupportsInt | typing.SupportsIndex],
+            list[typing.SupportsInt | typing.SupportsIndex],
+            typing.SupportsInt | typing.SupportsIndex,
+        ]
+    ],
+    calls: list[tuple[str, str, list[tuple[str, typing.Any, bool]]]],
+    outputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    output_columns: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    output_element_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    input_columns: typing.SupportsInt | typing.SupportsIndex,
+    input_dtype: typing.SupportsInt | typing.SupportsIndex,
+) -> OpKernel:
+    """
+    A straight-line ATen program. weights: (offset, shape, strides, dtype). calls: (name, overload, arguments).
+    """
+
+def unlink_segments(token: str, world_size: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Removes the shared memory names that a group can have left when ranks died in start-up.
+    """
+
+ALIGNMENT: int = 256

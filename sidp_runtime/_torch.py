@@ -1,0 +1,271 @@
+"""The only module of the core that imports torch: views, stores, capture of ops, operators for torch.compile."""
+
+from __future__ import annotations
+
+import datetime
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.dlpack import from_dlpack
+
+from . import _C
+from .errors import PeerDeadError, ShapeError, UnsupportedError
+from .manifest import DTYPE_BYTES, LayerSpec, TensorSpec
+from .ops import Op, OpProgram
+
+if TYPE_CHECKING:
+    from .group import Store
+    from .runtime import Runtime
+
+# torch's ScalarType numbers (c10/core/ScalarType.h); part of its stable interface.
+_SCALAR_TYPES = {
+    "uint8": 0,
+    "int8": 1,
+    "int16": 2,
+    "int32": 3,
+    "int64": 4,
+    "float16": 5,
+    "float32": 6,
+    "float64": 7,
+    "bool": 11,
+    "bfloat16": 15,
+    "float8_e5m2": 23,
+    "float8_e4m3fn": 24,
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of a manifest's name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The manifest's name of torch's dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor_views(view: _C.ByteView, layer: LayerSpec) -> dict[str, torch.Tensor]:
+    """Tensors of a layer inside its bytes, by name. They keep the memory alive."""
+    flat = from_dlpack(view)
+    views = {}
+    for spec in layer.tensors:
+        start = layer.offsets[spec.name]
+        elements = flat[start : start + spec.num_bytes].view(dtype_of(spec.dtype))
+        views[spec.name] = elements.as_strided(spec.shape, spec.strides)
+    return views
+
+
+def writable_bytes(view: _C.ByteView) -> memoryview:
+    """The bytes themselves, as a writable buffer that keeps the memory alive."""
+    return from_dlpack(view).numpy().data
+
+
+# --- Stores ---------------------------------------------------------------------------------------------------------
+
+
+def make_store_server() -> tuple[Store, str, int]:
+    """A store in this process, its host and its port."""
+    store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return store, "127.0.0.1", store.port
+
+
+def connect_store(host: str, port: int, deadline_ms: int, *, is_master: bool = False) -> Store:
+    """The group's store. ``PeerDeadError`` if nobody serves it within the deadline."""
+    try:
+        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            port,
+            is_master=is_master,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(milliseconds=deadline_ms),
+        )
+    except RuntimeError as error:
+        raise PeerDeadError(
+            f"no store at {host}:{port} within {deadline_ms} ms: {error}; is the process that holds it running?",
+            waited_ms=deadline_ms,
+        ) from error
+    result: Store = store
+    return result
+
+
+# --- Ops ------------------------------------------------------------------------------------------------------------
+
+
+def capture(op: Op, specs: Mapping[str, TensorSpec]) -> OpProgram:
+    """Traces an op's function on tensors without data. ``UnsupportedError`` for what cannot run without Python."""
+    weights = {
+        short: torch.empty_strided(spec.shape, spec.strides, dtype=dtype_of(spec.dtype), device="meta")
+        for short, spec in specs.items()
+    }
+    graphs = []
+    for rows in (3, 5):  # a function that looks at the number of rows gives two graphs
+        x = torch.empty(rows, op.in_features, dtype=dtype_of(op.dtype), device="meta")
+        if op.dtype.startswith("float") or op.dtype == "bfloat16":
+            with torch.no_grad():
+                graphs.append(make_fx(op.function, pre_dispatch=True)(weights, x))
+        else:
+            graphs.append(make_fx(op.function, pre_dispatch=True)(weights, x))
+    if graphs[0].code != graphs[1].code:
+        raise UnsupportedError(f"op {op.name!r} depends on the number of rows; ops must be token-wise")
+    return _program(op, list(specs), graphs[0].graph)
+
+
+def _program(op: Op, weight_names: list[str], graph: torch.fx.Graph) -> OpProgram:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    registers = {inputs[-1]: 0}
+    sources = {node: index for index, node in enumerate(inputs[:-1])}
+    calls = []
+    outputs: list[torch.fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "output":
+            result = node.args[0]
+            outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            if len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor" or schema.is_mutable:
+                raise UnsupportedError(f"op {op.name!r} uses {node.target}, which does not give one new tensor")
+            arguments = tuple(
+                _argument(op, node, spec, value, registers, sources)
+                for spec, value in zip(schema.arguments, _bound(node, schema), strict=True)
+            )
+            overload = node.target._overloadname
+            calls.append((schema.name, "" if overload == "default" else overload, arguments))
+            registers[node] = len(calls)
+        elif node.op != "placeholder":
+            raise UnsupportedError(f"op {op.name!r} uses {node.op} {node.target}; only its weights and x may be used")
+    for node in outputs:
+        if node not in registers or registers[node] == 0 or node.meta["val"].dim() != 2:
+            raise UnsupportedError(f"op {op.name!r} must return new tensors of [rows, columns]")
+    values = [node.meta["val"] for node in outputs]
+    return OpProgram(
+        weight_names=tuple(weight_names),
+        calls=tuple(calls),
+        outputs=tuple(registers[node] for node in outputs),
+        output_columns=tuple(int(value.shape[1]) for value in values),
+        output_dtypes=tuple(name_of(value.dtype) for value in values),
+    )
+
+
+def _bound(node: torch.fx.Node, schema: torch.FunctionSchema) -> list[Any]:
+    """Every argument of the schema, defaults filled in: the dispatcher's stack has no gaps."""
+    values = []
+    for position, spec in enumerate(schema.arguments):
+        if position < len(node.args):
+            values.append(node.args[position])
+        else:
+            values.append(node.kwargs.get(spec.name, spec.default_value))
+    return values
+
+
+def _argument(
+    op: Op,
+    node: torch.fx.Node,
+    spec: torch.Argument,
+    value: Any,
+    registers: Mapping[torch.fx.Node, int],
+    sources: Mapping[torch.fx.Node, int],
+) -> tuple[str, Any, bool]:
+    kind = str(spec.type)
+    optional = kind.startswith("Optional[")
+    kind = kind.removeprefix("Optional[").removesuffix("]")
+    if value is None and optional:
+        return ("none", 0, False)
+    if isinstance(value, torch.fx.Node) and kind == "Tensor":
+        if value in registers:
+            return ("register", registers[value], optional)
+        return ("weight", sources[value], optional)
+    if kind == "bool":
+        return ("bool", bool(value), optional)
+    if kind == "int" and isinstance(value, int):
+        return ("int", value, optional)
+    if kind == "float" and isinstance(value, float):
+        return ("float", value, optional)
+    raise UnsupportedError(
+        f"op {op.name!r}: {node.target} takes {spec.name}={value!r} of type {kind}, which cannot run without Python; "
+        "use linear, mul, silu, relu, sigmoid, tanh, embedding and the like"
+    )
+
+
+def make_kernel(op: Op, program: OpProgram, layer: LayerSpec, specs: Mapping[str, TensorSpec]) -> _C.OpKernel:
+    """The kernel of an op for one layer: the program with that layer's offsets."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    _C.load_torch(str(library))
+    ordered = [specs[short] for short in program.weight_names]
+    return _C.torch_kernel(
+        weights=[(layer.offsets[s.name], list(s.shape), list(s.strides), _SCALAR_TYPES[s.dtype]) for s in ordered],
+        calls=[(name, overload, list(arguments)) for name, overload, arguments in program.calls],
+        outputs=list(program.outputs),
+        output_columns=list(program.output_columns),
+        output_element_bytes=[DTYPE_BYTES[dtype] for dtype in program.output_dtypes],
+        input_columns=op.in_features,
+        input_dtype=_SCALAR_TYPES[op.dtype],
+    )
+
+
+def request_rows(op: Op, x: torch.Tensor) -> torch.Tensor:
+    """``x`` as the rows of a request: [rows, in_features], row-major, on the host. ``ShapeError`` if it is not."""
+    if x.dim() != 2 or x.shape[1] != op.in_features or x.dtype != dtype_of(op.dtype) or x.device.type != "cpu":
+        raise ShapeError(
+            f"op {op.name!r} takes [rows, {op.in_features}] of {op.dtype} on the host, not {list(x.shape)} of "
+            f"{name_of(x.dtype)} on {x.device.type}"
+        )
+    return x.detach().contiguous()
+
+
+def reply_rows(program: OpProgram, rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Room for an answer as [rows, bytes] of uint8, and its outputs as views of [rows, columns]."""
+    flat = torch.empty(rows, program.out_row_bytes, dtype=torch.uint8)
+    outputs, start = [], 0
+    for columns, dtype in zip(program.output_columns, program.output_dtypes, strict=True):
+        num_bytes = rows * columns * DTYPE_BYTES[dtype]
+        outputs.append(flat.view(-1)[start : start + num_bytes].view(dtype_of(dtype)).view(rows, columns))
+        start += num_bytes
+    return flat, outputs
+
+
+# --- Operators for torch.compile ------------------------------------------------------------------------------------
+#
+# A compiled graph keeps operators in the order of their data. Fetching claims to change the layer's input and
+# releasing to change its output, so that the products in between stay in between.
+
+_runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
+
+
+def register_runtime(runtime: Runtime) -> int:
+    """A number by which the operators find the runtime; it does not keep it alive."""
+    handle = max(_runtimes, default=-1) + 1
+    _runtimes[handle] = runtime
+    return handle
+
+
+@torch.library.custom_op("sidp::fetch_layer", mutates_args=("x",))
+def fetch_layer(x: torch.Tensor, handle: int, layer: int) -> None:
+    """``Runtime.fetch_layer`` ordered before every use of ``x`` that follows."""
+    _runtimes[handle].fetch_layer(layer)
+
+
+@torch.library.custom_op("sidp::release_layer", mutates_args=("y",))
+def release_layer(y: torch.Tensor, handle: int, layer: int) -> None:
+    """``Runtime.release_layer`` ordered after what computes ``y``."""
+    _runtimes[handle].release_layer(layer)
+
+
+@torch.library.custom_op("sidp::remote_compute", mutates_args=())
+def remote_compute(x: torch.Tensor, handle: int, layer: int, op: str) -> list[torch.Tensor]:
+    """``Runtime.remote_compute``, always a list of tensors of their own: an operator's results may not share memory."""
+    result = _runtimes[handle].remote_compute(layer, op, x)
+    return [y.clone() for y in result] if isinstance(result, tuple) else [result]
+
+
+@remote_compute.register_fake
+def _(x: torch.Tensor, handle: int, layer: int, op: str) -> list[torch.Tensor]:
+    program = _runtimes[handle].op_program(op, layer)
+    columns = zip(program.output_columns, program.output_dtypes, strict=True)
+    return [x.new_empty((x.shape[0], count), dtype=dtype_of(dtype)) for count, dtype in columns]

@@ -1,0 +1,129 @@
+"""Every environment variable that the package reads, and the only module that reads them.
+
+A missing variable takes its default, or is a ``ConfigError`` when it has none. One that is present and
+wrong is always a ``ConfigError`` with the value seen: nothing is clamped or guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable. ``low`` and ``high`` are inclusive; ``default`` is ``None`` when required."""
+
+    name: str
+    meaning: str
+    unit: str
+    default: str | None
+    low: int | None = None
+    high: int | None = None
+
+    @property
+    def range_text(self) -> str:
+        """The allowed values, in words."""
+        return "any non-empty text" if self.low is None else f"{self.low}..{self.high}"
+
+
+# name, meaning, unit, default, lowest, highest
+_TABLE = (
+    Setting("SIDP_CACHE_DIR", "parsed configurations and tokenizers", "absolute path", "~/.cache/sidp"),
+    Setting("XDG_CACHE_HOME", "parent of the cache if SIDP_CACHE_DIR is unset", "absolute path", "~/.cache"),
+    Setting("SIDP_DEADLINE_MS", "longest wait for a peer", "ms", "30000", 10, 3_600_000),
+    Setting("RANK", "this process in the group (torchrun)", "index", None, 0, 4095),
+    Setting("WORLD_SIZE", "processes in the group (torchrun)", "count", None, 1, 4096),
+    Setting("MASTER_ADDR", "host of the rendezvous store (torchrun)", "host name", "127.0.0.1"),
+    Setting("MASTER_PORT", "port of the rendezvous store (torchrun)", "TCP port", "29500", 1, 65535),
+    Setting("NVSHMEM_DISABLE_NVLS", "1: NVSHMEM uses no NVLink multicast (NVSHMEM reads it)", "switch", "0"),
+)
+
+#: The table by variable name, in reading order.
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _TABLE}
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where a group meets: ``0 <= rank < world_size``, and the store's address and TCP port."""
+
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+
+def _integer(name: str) -> int:
+    setting = SETTINGS[name]
+    text = os.environ.get(name, setting.default)
+    if text is None:
+        raise ConfigError(
+            f"environment variable {name} is not set: {setting.meaning}, {setting.range_text}; "
+            f"start the process with torchrun, or set it"
+        )
+    assert setting.low is not None
+    assert setting.high is not None
+    # int() would also take "1_0", " 1 " and other scripts' digits.
+    value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+    if value is None or not setting.low <= value <= setting.high:
+        raise ConfigError(
+            f"environment variable {name}={text!r} is not a whole number in {setting.range_text} ({setting.unit})"
+        )
+    return value
+
+
+def _path(name: str, text: str) -> Path:
+    path = Path(text)
+    if text == "~" or text.startswith("~/"):
+        try:
+            path = path.expanduser()
+        except RuntimeError as error:  # no HOME, no password entry
+            raise ConfigError(f"{name}={text!r}: no home directory is known; set SIDP_CACHE_DIR") from error
+    if not path.is_absolute():
+        # Processes of one job may run in different directories.
+        raise ConfigError(f"environment variable {name}={text!r} is not an absolute path")
+    return path
+
+
+def cache_dir() -> Path:
+    """Where parsed configurations and tokenizers are kept; not created here.
+
+    ``$SIDP_CACHE_DIR``, else ``$XDG_CACHE_HOME/sidp``, else ``~/.cache/sidp``. Raises ``ConfigError`` for a
+    relative or empty path (an empty ``XDG_CACHE_HOME`` counts as unset, as its specification says).
+    """
+    own = os.environ.get("SIDP_CACHE_DIR")
+    if own is not None:
+        return _path("SIDP_CACHE_DIR", own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    if shared:
+        return _path("XDG_CACHE_HOME", shared) / "sidp"
+    return _path("SIDP_CACHE_DIR", SETTINGS["SIDP_CACHE_DIR"].default or "")
+
+
+def deadline_ms() -> int:
+    """The longest wait for a peer, in milliseconds (``SIDP_DEADLINE_MS``)."""
+    return _integer("SIDP_DEADLINE_MS")
+
+
+def rendezvous() -> Rendezvous:
+    """Rank, world size and store address as torchrun sets them; ``ConfigError`` names a bad variable."""
+    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    if rank >= world_size:
+        raise ConfigError(
+            f"environment variable RANK={rank} is not below WORLD_SIZE={world_size}",
+            rank=rank,
+            expected=world_size,
+        )
+    address = os.environ.get("MASTER_ADDR", SETTINGS["MASTER_ADDR"].default or "")
+    if not address or any(c.isspace() for c in address):
+        raise ConfigError(f"environment variable MASTER_ADDR={address!r} is empty or has white space")
+    return Rendezvous(rank, world_size, address, _integer("MASTER_PORT"))
+
+
+def nvshmem_disable_nvls() -> str | None:
+    """``NVSHMEM_DISABLE_NVLS`` as set, or None; NVSHMEM itself parses it, here it is only reported."""
+    return os.environ.get("NVSHMEM_DISABLE_NVLS")

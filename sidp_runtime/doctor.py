@@ -1,0 +1,391 @@
+"""What this machine can do, what is missing, and what to do about it (``sidp doctor``).
+
+``report()`` only looks: it imports neither torch nor NVSHMEM, starts no backend and changes nothing. It does
+initialise the CUDA driver if there is one, so a process forked from this one afterwards cannot use CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import config
+
+#: Distribution -> why it is of use. The first two are needed by everything.
+PACKAGES = {
+    "torch": "tensors",
+    "numpy": "loading",
+    "safetensors": "checkpoints",
+    "transformers": "sidp generate",
+    "accelerate": "sidp generate",
+    "gguf": "GGUF checkpoints",
+}
+REQUIRED_PACKAGES = ("torch", "numpy")
+
+#: /dev/shm below this many bytes holds no useful pool; Docker's default is 64 MiB.
+SMALL_SHM_BYTES = 1 << 30
+
+SHM_DIR = Path("/dev/shm")
+CGROUP_DIR = Path("/sys/fs/cgroup")
+NVIDIA_PROC_FILE = Path("/proc/driver/nvidia/version")
+NVSHMEM_LIBRARY = "libnvshmem_host.so"
+NVSHMEM_DIRS = (
+    "/usr/lib/*-linux-gnu",
+    "/usr/lib/*-linux-gnu/nvshmem/*",
+    "/usr/local/nvshmem/lib",
+    "/opt/nvshmem/lib",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that stands in the way: ``level`` is "error" (host backend unusable) or "warning"."""
+
+    level: str
+    what: str
+    do: str
+
+
+@dataclass(frozen=True)
+class ExtensionInfo:
+    """The compiled module: its file, or the reason why it does not import."""
+
+    file: str | None
+    error: str
+
+
+@dataclass(frozen=True)
+class MachineInfo:
+    """Cores and bytes that this process may use, limits of its container included."""
+
+    system: str
+    cores: int
+    cpu_quota: float | None  # cores' worth of time a container may use; None: no limit
+    memory_bytes: int
+    memory_available_bytes: int
+    shm_bytes: int | None  # None: no /dev/shm
+    shm_free_bytes: int | None
+    memcpy_gbps: float  # one thread, GB/s of bytes copied (each is read once and written once)
+
+
+@dataclass(frozen=True)
+class CudaInfo:
+    """``report`` is ``_C.cuda_report()`` (None without the module); ``kernel_driver`` e.g. "580.95.05"."""
+
+    report: dict[str, Any] | None
+    kernel_driver: str | None
+
+
+@dataclass(frozen=True)
+class NvshmemInfo:
+    """NVSHMEM as found on disk; nothing of it is imported or loaded."""
+
+    library: str | None
+    library_version: str | None  # of the pip package that ships it
+    nvshmem4py_version: str | None
+    disable_nvls: str | None  # NVSHMEM_DISABLE_NVLS as set for this process
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend, and why it cannot be used ("" when it can)."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """All of it as plain data."""
+
+    version: str
+    python: str
+    packages: dict[str, str | None]  # None: not installed
+    extension: ExtensionInfo
+    machine: MachineInfo
+    cuda: CudaInfo
+    nvshmem: NvshmemInfo
+    backends: list[BackendInfo]
+    findings: list[Finding]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the host backend can be used, else 1."""
+        return 0 if any(b.name == "host" and b.available for b in self.backends) else 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists and plain values that ``json.dumps`` takes."""
+        return asdict(self)
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extension() -> tuple[ExtensionInfo, dict[str, Any] | None]:
+    """The compiled module and its CUDA report; any failure to import is the finding itself."""
+    try:
+        module = importlib.import_module("sidp_runtime._C")
+    except ImportError as error:
+        return ExtensionInfo(file=None, error=str(error)), None
+    return ExtensionInfo(file=module.__file__, error=""), module.cuda_report()
+
+
+def _read_text(path: Path) -> str | None:
+    """Content of a small kernel file, or None where this kernel or container has no such file."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _cpu_quota() -> float | None:
+    text = _read_text(CGROUP_DIR / "cpu.max")  # "<quota> <period>" in microseconds, or "max <period>"
+    if text is None or text.startswith("max"):
+        return None
+    quota, period = text.split()
+    return int(quota) / int(period)
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """Total and available bytes, as the container's limit allows."""
+    memory = psutil.virtual_memory()
+    limit, used = _read_text(CGROUP_DIR / "memory.max"), _read_text(CGROUP_DIR / "memory.current")
+    if limit is None or used is None or limit == "max":
+        return memory.total, memory.available
+    return min(memory.total, int(limit)), min(memory.available, max(0, int(limit) - int(used)))
+
+
+def _shm_bytes() -> tuple[int, int] | None:
+    """Total and free bytes of /dev/shm, or None when it is not there or not writable."""
+    if not (SHM_DIR.is_dir() and os.access(SHM_DIR, os.W_OK)):
+        return None
+    usage = shutil.disk_usage(SHM_DIR)
+    return usage.total, usage.free
+
+
+def measure_memcpy_gbps(num_bytes: int = 64 << 20, repeats: int = 5) -> float:
+    """Best of ``repeats`` copies of ``num_bytes`` by one thread, in GB/s of bytes copied."""
+    source = np.ones(num_bytes, dtype=np.uint8)
+    target = np.zeros_like(source)  # zeros_like maps lazily: the first copy below pays the page faults
+    np.copyto(target, source)
+    best_s = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best_s = min(best_s, time.perf_counter() - start)
+    return num_bytes / best_s / 1e9
+
+
+def _machine(shm: tuple[int, int] | None) -> MachineInfo:
+    total, available = _memory_bytes()
+    return MachineInfo(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cores=len(os.sched_getaffinity(0)),
+        cpu_quota=_cpu_quota(),
+        memory_bytes=total,
+        memory_available_bytes=available,
+        shm_bytes=shm[0] if shm else None,
+        shm_free_bytes=shm[1] if shm else None,
+        memcpy_gbps=measure_memcpy_gbps(),
+    )
+
+
+def _kernel_driver() -> str | None:
+    text = _read_text(NVIDIA_PROC_FILE) or ""
+    found = re.search(r"Kernel Module\D*?\s(\d+(?:\.\d+)+)\s", text.replace("x86_64", ""))
+    return found.group(1) if found else None
+
+
+def _nvshmem() -> NvshmemInfo:
+    library = version = None
+    for name in ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12"):
+        if library is None and (version := installed_version(name)) is not None:
+            files = importlib.metadata.files(name) or []
+            found = [file.locate() for file in files if file.name.startswith(NVSHMEM_LIBRARY)]
+            library = str(found[0]) if found else None
+    if library is None:
+        installed = [p for d in NVSHMEM_DIRS for p in Path("/").glob(f"{d.lstrip('/')}/{NVSHMEM_LIBRARY}*")]
+        library = str(min(installed)) if installed else None
+    versions = (installed_version(name) for name in ("nvshmem4py-cu13", "nvshmem4py-cu12"))
+    bindings = next((v for v in versions if v is not None), None)
+    if bindings is None and importlib.util.find_spec("nvshmem") is not None:
+        bindings = "unknown version"
+    return NvshmemInfo(library, version, bindings, config.nvshmem_disable_nvls())
+
+
+def _nvshmem_reason(cuda: CudaInfo, nvshmem: NvshmemInfo) -> str:
+    missing = []
+    if cuda.report is None or cuda.report["reason"]:
+        missing.append("a usable GPU")
+    if nvshmem.library is None:
+        missing.append(NVSHMEM_LIBRARY)
+    if nvshmem.nvshmem4py_version is None:
+        missing.append("nvshmem4py")
+    also = f"; this machine also lacks {', '.join(missing)}" if missing else ""
+    return f"not in this build, which has the host backend only{also}"
+
+
+def _findings(extension: ExtensionInfo, packages: dict[str, str | None], shm: tuple[int, int] | None) -> list[Finding]:
+    findings = []
+    if extension.error:
+        findings.append(
+            Finding(
+                "error",
+                f"sidp_runtime._C does not import: {extension.error}",
+                "pip install . (needs a C++20 compiler)",
+            )
+        )
+    for name in REQUIRED_PACKAGES:
+        if packages[name] is None:
+            findings.append(Finding("error", f"{name} is not installed", f"pip install {name}"))
+    if shm is None:
+        findings.append(
+            Finding(
+                "error",
+                f"{SHM_DIR} is missing or not writable; the host backend keeps its pool there",
+                "mount a tmpfs at /dev/shm with mode 1777",
+            )
+        )
+    elif shm[1] < SMALL_SHM_BYTES:
+        total, free = (_bytes_text(n) for n in shm)
+        findings.append(
+            Finding(
+                "warning",
+                f"{SHM_DIR} has {free} free of {total}; the weights of all ranks must fit",
+                "docker run --shm-size=16g or --ipc=host; elsewhere mount -o remount,size=16g /dev/shm",
+            )
+        )
+    return findings
+
+
+def report() -> DoctorReport:
+    """Look at this machine. Takes about a third of a second; never raises for what is missing."""
+    packages = {name: installed_version(name) for name in PACKAGES}
+    extension, cuda_report = _extension()
+    shm = _shm_bytes()
+    findings = _findings(extension, packages, shm)
+    errors = "; ".join(finding.what for finding in findings if finding.level == "error")
+    cuda = CudaInfo(cuda_report, _kernel_driver())
+    nvshmem = _nvshmem()
+    return DoctorReport(
+        version=installed_version("sidp_runtime") or "not installed",
+        python=platform.python_version(),
+        packages=packages,
+        extension=extension,
+        machine=_machine(shm),
+        cuda=cuda,
+        nvshmem=nvshmem,
+        backends=[
+            BackendInfo("host", not errors, errors),
+            BackendInfo("nvshmem", False, _nvshmem_reason(cuda, nvshmem)),
+        ],
+        findings=findings,
+    )
+
+
+def _bytes_text(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def render(report: DoctorReport, console: Console | None = None) -> None:
+    """Print the report for people; ``console`` defaults to standard output."""
+    console = console or Console()
+    facts = Table(title=f"sidp_runtime {report.version}", show_header=False, title_justify="left")
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(report):
+        facts.add_row(name, Text(value))
+    console.print(facts)
+    if report.cuda.report and report.cuda.report["devices"]:
+        console.print(_device_table(report.cuda.report["devices"]))
+    backends = Table("backend", "usable", "why not", title="Backends", title_justify="left")
+    for backend in report.backends:
+        usable = Text("yes", style="green") if backend.available else Text("no", style="yellow")
+        backends.add_row(backend.name, usable, Text(backend.reason))
+    console.print(backends)
+    for finding in report.findings:
+        style = "red" if finding.level == "error" else "yellow"
+        console.print(Text.assemble((f"{finding.level}: ", style), finding.what, "\n  do: ", finding.do))
+
+
+def _facts(report: DoctorReport) -> list[tuple[str, str]]:
+    machine, nvshmem, cuda = report.machine, report.nvshmem, report.cuda.report
+    quota = "" if machine.cpu_quota is None else f", time of {machine.cpu_quota:g} by the container's limit"
+    shm = "missing"
+    if machine.shm_bytes is not None and machine.shm_free_bytes is not None:
+        shm = f"{_bytes_text(machine.shm_free_bytes)} free of {_bytes_text(machine.shm_bytes)}"
+    rows = [("Python", report.python)]
+    rows += [(name, version or f"not installed ({PACKAGES[name]})") for name, version in report.packages.items()]
+    rows += [
+        ("extension", report.extension.file or f"does not import: {report.extension.error}"),
+        ("system", machine.system),
+        ("cores", f"{machine.cores}{quota}"),
+        (
+            "memory",
+            f"{_bytes_text(machine.memory_available_bytes)} available of {_bytes_text(machine.memory_bytes)}",
+        ),
+        (str(SHM_DIR), shm),
+        ("locked memory", "not needed"),
+        ("memcpy, one thread", f"{machine.memcpy_gbps:.1f} GB/s"),
+    ]
+    if cuda is not None:
+        part = f"built with CUDA {cuda['compiled_version']} headers" if cuda["compiled"] else "not built"
+        driver = f"supports CUDA {cuda['driver']}" if cuda["driver"] else "not loaded"
+        kernel = f" (kernel module {report.cuda.kernel_driver})" if report.cuda.kernel_driver else ""
+        rows += [("CUDA part", part), ("NVIDIA driver", driver + kernel)]
+        rows.append(("GPUs", cuda["reason"] or str(len(cuda["devices"]))))
+    version = f" ({nvshmem.library_version})" if nvshmem.library_version else ""
+    rows.append(("NVSHMEM", f"{nvshmem.library}{version}" if nvshmem.library else "no library found"))
+    rows.append(("nvshmem4py", nvshmem.nvshmem4py_version or "not installed"))
+    rows.append(("NVSHMEM_DISABLE_NVLS", nvshmem.disable_nvls or "not set"))
+    return rows
+
+
+def _device_table(devices: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "GPU",
+        "name",
+        "memory",
+        "sm",
+        "SMs",
+        "copy engines",
+        "64-bit stream waits",
+        "reaches",
+        title="GPUs",
+        title_justify="left",
+    )
+    for device in devices:
+        major, minor = device["compute_capability"]
+        peers = [str(i) for i, reach in enumerate(device["can_access_peer"]) if reach and i != device["ordinal"]]
+        table.add_row(
+            str(device["ordinal"]),
+            Text(device["name"]),
+            _bytes_text(device["memory_bytes"]),
+            f"{major}.{minor}",
+            str(device["num_sms"]),
+            str(device["num_async_engines"]),
+            "yes" if device["stream_mem_ops_64bit"] else "no",
+            ", ".join(peers) or "no peer",
+        )
+    return table

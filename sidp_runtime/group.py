@@ -1,0 +1,149 @@
+"""The replicas that share weights: one process and one device each."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+from . import _C, config
+from .errors import ClosedError, ConfigError, DeadlineError, DuplicateRankError, PeerDeadError
+
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """What a group needs of a key-value store; ``torch.distributed``'s TCPStore and FileStore have it."""
+
+    def set(self, key: str, value: str | bytes, /) -> object: ...
+    def get(self, key: str, /) -> bytes: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+class Group:
+    """Ranks that set up together. After set-up they never wait for each other.
+
+    ``rank`` is 0 .. ``world_size`` - 1; ``store`` is shared by all ranks and must outlive set-up; ``name`` keeps groups
+    that share a store apart; ``deadline_ms`` bounds every wait of set-up and is the default of a runtime's waits;
+    ``token`` is the group's secret (32 or more hex digits, the same on all ranks), made by rank 0 if it is not given.
+
+    Constructing is collective. Raises ``DuplicateRankError`` if the rank is taken, ``DeadlineError`` naming the ranks
+    that did not come.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Store,
+        *,
+        backend: str = "host",
+        name: str = "default",
+        token: str | None = None,
+        deadline_ms: int | None = None,
+    ) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} is not one of 0 to {world_size - 1}", rank=rank)
+        if backend not in _C.backend_names():
+            known = ", ".join(_C.backend_names())
+            raise ConfigError(f"backend {backend!r} is not in this build, which has: {known}; see `sidp doctor`")
+        self.rank = rank
+        self.world_size = world_size
+        self.backend = backend
+        self.deadline_ms = config.deadline_ms() if deadline_ms is None else deadline_ms
+        if self.deadline_ms < 1:
+            raise ConfigError(f"deadline_ms is {self.deadline_ms}, must be at least 1")
+        self._store = store
+        self._prefix = f"sidp/{name}"
+        self._num_pools = 0
+        self._closed = False
+        # The counter of a rank's claim is 1 for the first process and more for the others.
+        if self._ask("claim the rank", lambda: store.add(f"{self._prefix}/claim/{rank}", 1)) != 1:
+            raise DuplicateRankError(
+                f"rank {rank} of group {name!r} is taken by another process; give each process its own rank",
+                rank=rank,
+            )
+        mine = token or (secrets.token_hex(16) if rank == 0 else "")
+        tokens = self.all_gather("token", mine.encode())
+        self.token = tokens[0].decode()
+        if any(other and other != tokens[0] for other in tokens):
+            raise ConfigError("ranks were given different tokens", rank=rank)
+
+    @classmethod
+    def from_env(cls, *, backend: str = "host", name: str = "default", deadline_ms: int | None = None) -> Group:
+        """A group from torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; rank 0 holds the store."""
+        from . import _torch
+
+        where = config.rendezvous()
+        deadline = config.deadline_ms() if deadline_ms is None else deadline_ms
+        store = _torch.connect_store(where.master_addr, where.master_port, deadline, is_master=where.rank == 0)
+        return cls(where.rank, where.world_size, store, backend=backend, name=name, deadline_ms=deadline)
+
+    def all_gather(self, key: str, payload: bytes) -> list[bytes]:
+        """Every rank's payload, by rank. Collective; each key is used once. For set-up, never in a step."""
+        self._check_open()
+        keys = [f"{self._prefix}/{key}/{rank}" for rank in range(self.world_size)]
+        start = time.monotonic()
+        self._ask(key, lambda: self._store.set(keys[self.rank], payload))
+        pause = 0.0005
+        while not self._ask(key, lambda: self._store.check(keys)):
+            waited_ms = int((time.monotonic() - start) * 1000)
+            if waited_ms > self.deadline_ms:
+                missing = [r for r in range(self.world_size) if not self._store.check([keys[r]])]
+                raise DeadlineError(
+                    f"rank {self.rank} waited {waited_ms} ms for rank(s) {', '.join(map(str, missing))} at "
+                    f"{key!r}; they did not start, died, or stopped at an error of their own",
+                    rank=self.rank,
+                    peer=missing[0] if missing else None,
+                    waited_ms=waited_ms,
+                    expected=self.world_size,
+                    seen=self.world_size - len(missing),
+                )
+            time.sleep(pause)
+            pause = min(pause * 2, 0.01)
+        return self._ask(key, lambda: [self._store.get(k) for k in keys])
+
+    def barrier(self, key: str) -> None:
+        """Returns once every rank has called it with this key. For set-up, never in a step."""
+        self.all_gather(key, b"")
+
+    def make_backend(self) -> _C.Backend:
+        """A backend of its own for one pool. All ranks make their pools in the same order."""
+        self._check_open()
+        pool = self._num_pools
+        self._num_pools += 1
+        return _C.make_backend(
+            self.backend,
+            self.rank,
+            self.world_size,
+            self.token,
+            lambda key, payload: self.all_gather(f"pool{pool}/{key}", payload),
+        )
+
+    def close(self) -> None:
+        """No collective follows. Pools and runtimes live on; close them first."""
+        self._closed = True
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the group is closed", rank=self.rank)
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+            raise PeerDeadError(
+                f"rank {self.rank} lost the group's store at {what!r}: {error}; its host process has ended",
+                rank=self.rank,
+            ) from error

@@ -1,0 +1,1 @@
+"""Integrations know engines; the only place with version gates."""

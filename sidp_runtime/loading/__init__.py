@@ -1,0 +1,23 @@
+"""Reading a model's weights: headers are validated once, then each rank reads only the bytes it owns.
+
+Peak memory of a loading process: its own layers, the ring, and a few MiB of staging
+(``CheckpointSource.peak_staging_bytes``) when a tensor must be converted. Tensors stored in the wanted dtype
+are read straight into place. Nothing is memory-mapped.
+"""
+
+from .checkpoint import Checkpoint, TensorEntry
+from .gguf_cache import tokenizer_dir
+from .loader import LoadReport, Progress, load_layers
+from .progress import rich_progress
+from .source import CheckpointSource
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSource",
+    "LoadReport",
+    "Progress",
+    "TensorEntry",
+    "load_layers",
+    "rich_progress",
+    "tokenizer_dir",
+]

@@ -1,0 +1,66 @@
+"""Ops: token-wise functions of a layer, the unit of ``remote_compute``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, UnknownNameError
+from .manifest import DTYPE_BYTES, LayerSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+OpFunction = Callable[[Mapping[str, "torch.Tensor"], "torch.Tensor"], Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Rows in, rows out: ``y = function(weights, x)`` with ``x`` of ``[rows, in_features]``.
+
+    ``function`` returns one tensor of ``[rows, columns]`` or a tuple of them. It is captured once for each layer and
+    then runs at the owner without Python, so it may use its weights and ``x`` alone, must be token-wise (row i of the
+    result depends on row i of ``x``), and may not look at the number of rows. ``weights`` names, for each layer that
+    has the op, the tensors that the function sees: ``{layer index: {short name: tensor name}}``.
+    """
+
+    name: str
+    function: OpFunction
+    in_features: int
+    dtype: str
+    weights: Mapping[int, Mapping[str, str]]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"op {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        if self.in_features < 1:
+            raise ConfigError(f"op {self.name!r}: in_features is {self.in_features}, must be at least 1")
+        if not self.weights:
+            raise ConfigError(f"op {self.name!r} belongs to no layer")
+
+    def specs(self, layers: Sequence[LayerSpec], layer: int) -> dict[str, TensorSpec]:
+        """The tensors that the function sees for a layer, by short name."""
+        if not 0 <= layer < len(layers):
+            raise UnknownNameError(f"op {self.name!r} names layer {layer}; the pool has {len(layers)}", layer=layer)
+        return {short: layers[layer].tensor(name) for short, name in self.weights[layer].items()}
+
+
+@dataclass(frozen=True)
+class OpProgram:
+    """A captured op, the same for all layers with tensors of the same shapes: what C++ runs.
+
+    ``calls``: (operator, overload, arguments), each argument (kind, value, optional), kinds ``register`` (0 is x, then
+    one a call), ``weight`` (index into ``weight_names``), ``int``, ``float``, ``bool``, ``none``.
+    """
+
+    weight_names: tuple[str, ...]
+    calls: tuple[tuple[str, str, tuple[tuple[str, Any, bool], ...]], ...]
+    outputs: tuple[int, ...]
+    output_columns: tuple[int, ...]
+    output_dtypes: tuple[str, ...]
+
+    @property
+    def out_row_bytes(self) -> int:
+        columns = zip(self.output_columns, self.output_dtypes, strict=True)
+        return sum(count * DTYPE_BYTES[dtype] for count, dtype in columns)

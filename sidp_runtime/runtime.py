@@ -1,0 +1,205 @@
+"""Runtime: steps over a weight pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import _C, _torch
+from ._C import Mode
+from .errors import ConfigError, UnknownNameError
+from .manifest import DTYPE_BYTES
+from .ops import Op, OpProgram
+from .policy import ModePolicy
+from .weight_pool import WeightPool
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Step:
+    """One forward pass, a context manager; ``mode`` is fixed and ``reason`` says why it was chosen."""
+
+    def __init__(self, runtime: Runtime, num_tokens: int) -> None:
+        self._runtime = runtime
+        self._num_tokens = num_tokens
+        self._decision: _C.Decision | None = None
+
+    @property
+    def mode(self) -> Mode:
+        return self._begun().mode
+
+    @property
+    def reason(self) -> str:
+        return self._begun().reason
+
+    def _begun(self) -> _C.Decision:
+        if self._decision is None:
+            raise ConfigError("a step has a mode once it has begun: with runtime.step(...) as step")
+        return self._decision
+
+    def __enter__(self) -> Step:
+        self._decision = self._runtime.begin_step(self._num_tokens)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runtime.end_step(broken_off=kind is not None)
+
+
+class Runtime:
+    """Uses a published pool, one thread at a time. Constructing is collective; steps never wait for a peer's step.
+
+    ``ops``: what ``remote_compute`` can ask for, the same on all ranks; none: WaS only. ``max_rows``: rows of the
+    largest request. ``deadline_ms``: bound of every wait in a step, by default the group's. ``stream`` arguments exist
+    for GPU backends; the host backend's stream is the calling thread and takes only ``None``.
+    """
+
+    def __init__(
+        self,
+        pool: WeightPool,
+        *,
+        policy: ModePolicy | None = None,
+        ops: Sequence[Op] = (),
+        max_rows: int = 0,
+        deadline_ms: int | None = None,
+        test_lane_delay_us: int = 0,
+        test_service_delay_us: int = 0,
+    ) -> None:
+        self.pool = pool
+        self.policy = policy or ModePolicy.calibrated()
+        self._ops = {op.name: index for index, op in enumerate(ops)}
+        if len(self._ops) != len(ops):
+            raise ConfigError(f"two ops have one name: {', '.join(op.name for op in ops)}")
+        self._op_list = tuple(ops)
+        self._programs: dict[tuple[int, int], OpProgram] = {}
+        core_ops = [self._core_op(index, op) for index, op in enumerate(ops)]
+        programs = [next(p for (i, _), p in self._programs.items() if i == index) for index in range(len(ops))]
+        self._core = _C.Runtime(
+            pool.core,
+            core_ops,
+            deadline_ms=pool.group.deadline_ms if deadline_ms is None else deadline_ms,
+            max_rows=max_rows,
+            row_bytes=sum(
+                op.in_features * DTYPE_BYTES[op.dtype] + program.out_row_bytes
+                for op, program in zip(ops, programs, strict=True)
+            ),
+            element_bytes=DTYPE_BYTES[pool.layers[0].tensors[0].dtype],
+            profile=self.policy.profile.core(),
+            fixed=self.policy.fixed,
+            hysteresis=self.policy.hysteresis,
+            test_lane_delay_us=test_lane_delay_us,
+            test_service_delay_us=test_service_delay_us,
+        )
+        # Addresses are fixed for the life of the pool, so the views are made once.
+        self._views = {
+            i: pool.layer_view(i) if pool.is_local(i) else pool.ring_view(i) for i in range(len(pool.layers))
+        }
+        self.handle = _torch.register_runtime(self)
+
+    def _core_op(self, index: int, op: Op) -> _C.Op:
+        captured: dict[tuple[Any, ...], OpProgram] = {}
+        kernels: list[_C.OpKernel | None] = [None] * len(self.pool.layers)
+        for layer in op.weights:
+            specs = op.specs(self.pool.layers, layer)
+            key = tuple((short, s.shape, s.strides, s.dtype) for short, s in specs.items())
+            if key not in captured:
+                captured[key] = _torch.capture(op, specs)
+            program = self._programs[index, layer] = captured[key]
+            kernels[layer] = _torch.make_kernel(op, program, self.pool.layers[layer], specs)
+        if len({(p.output_columns, p.output_dtypes) for p in captured.values()}) != 1:
+            raise ConfigError(f"op {op.name!r} gives other columns or dtypes in some layers; make it two ops")
+        return _C.Op(
+            name=op.name,
+            in_row_bytes=op.in_features * DTYPE_BYTES[op.dtype],
+            out_row_bytes=next(iter(captured.values())).out_row_bytes,
+            kernels=kernels,
+        )
+
+    def step(self, num_tokens: int, *, stream: object = None) -> Step:
+        """A forward pass of ``num_tokens`` rows; the mode is chosen when it is entered. Steps do not nest.
+
+        If the body raises, layers that it did not use are skipped and the next step finds everything in order.
+        """
+        self._check_stream(stream)
+        return Step(self, num_tokens)
+
+    def begin_step(self, num_tokens: int) -> _C.Decision:
+        """Opens a step where a context manager does not fit; close it with ``end_step``."""
+        return self._core.begin_step(num_tokens)
+
+    def end_step(self, *, broken_off: bool = False) -> None:
+        """Closes it. ``UsageError`` if a WaS step skipped a streamed layer and did not break off."""
+        self._core.end_step(broken_off)
+
+    def fetch_layer(self, layer: int, *, stream: object = None) -> dict[str, torch.Tensor]:
+        """The layer's tensors by name, valid until ``release_layer``; the same objects each step.
+
+        Streamed layers: in a WaS step only, each once, in the order of the pool. Raises ``UsageError`` out of order or
+        when the slot is still held, ``DeadlineError`` if the copy does not come, ``UnknownNameError``.
+        """
+        self._check_stream(stream)
+        self._core.fetch_layer(layer)
+        return self._views[layer]
+
+    def release_layer(self, layer: int, *, stream: object = None) -> None:
+        """After the last use of the tensors."""
+        self._check_stream(stream)
+        self._core.release_layer(layer)
+
+    def views(self, layer: int) -> dict[str, torch.Tensor]:
+        """What ``fetch_layer`` will return, without waiting: addresses are fixed, contents are not."""
+        return self._views[layer]
+
+    def op_program(self, op: str, layer: int) -> OpProgram:
+        """The captured program of an op for a layer; ``UnknownNameError`` if there is none."""
+        index = self._op_index(op)
+        if (index, layer) not in self._programs:
+            raise UnknownNameError(f"layer {layer} has no op {op!r}", layer=layer)
+        return self._programs[index, layer]
+
+    def remote_compute(
+        self, layer: int, op: str, x: torch.Tensor, *, stream: object = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """``op(layer, x)`` computed by the layer's owner; ``x`` is ``[rows, in_features]`` with 1 .. ``max_rows`` rows.
+
+        Streamed layers in a CaS step only. Row counts are kept, so the result is bit-equal to computing here with the
+        same number of threads. If the owner is dead or silent past the deadline, the op runs here on the owner's
+        bytes (``stats()["fallbacks"]``), and that owner is not asked again. Raises ``ShapeError``,
+        ``UnknownNameError``, ``UsageError``, ``RemoteOpError``.
+        """
+        self._check_stream(stream)
+        program = self.op_program(op, layer)
+        index = self._op_index(op)
+        rows = _torch.request_rows(self._op_list[index], x)
+        flat, outputs = _torch.reply_rows(program, rows.shape[0])
+        self._core.remote_compute(layer, index, rows, flat)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks."""
+        return self._core.stats()
+
+    def close(self) -> None:
+        """Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent."""
+        self._core.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _op_index(self, op: str) -> int:
+        if op not in self._ops:
+            raise UnknownNameError(f"op {op!r} was not declared; the ops are: {', '.join(self._ops) or 'none'}")
+        return self._ops[op]
+
+    @staticmethod
+    def _check_stream(stream: object) -> None:
+        if stream is not None:
+            raise ConfigError("the host backend has no streams: the calling thread is the stream; pass None")

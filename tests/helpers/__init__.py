@@ -1,0 +1,1 @@
+"""What the tests share: rank processes, synthetic models, set-up inside a rank."""

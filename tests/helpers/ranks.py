@@ -1,0 +1,124 @@
+"""Set-up and steps inside a rank process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+import sidp_runtime as sidp
+from helpers.models import SyntheticModel, mlp
+from helpers.processes import RankContext
+from sidp_runtime import Mode
+
+#: Figures of no machine: tests never measure one.
+PROFILE = sidp.MachineProfile(copy_bytes_per_s=1e10, round_trip_us=20.0, memory_bytes_per_s=1e10, flops_per_s=1e11)
+MODES = {"was": Mode.WAS, "cas": Mode.CAS, "auto": None}
+
+
+@dataclass
+class Replica:
+    """One rank of a synthetic model: its pool, runtime and the steps that tests run on them."""
+
+    context: RankContext
+    model: SyntheticModel
+    group: sidp.Group
+    pool: sidp.WeightPool
+    runtime: sidp.Runtime
+
+    @cached_property
+    def reference(self) -> list[dict[str, torch.Tensor]]:
+        return [self.model.weights(layer) for layer in range(self.model.num_layers)]
+
+    @property
+    def streamed(self) -> list[int]:
+        return self.pool.placement.streamed_layers(self.group.rank)
+
+    def fetch(self, layer: int) -> dict[str, torch.Tensor]:
+        return self.model.short(layer, self.runtime.fetch_layer(layer))
+
+    def assert_layer(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        for short, expected in self.reference[layer].items():
+            assert tensors[short].stride() == expected.stride(), (layer, short)
+            assert torch.equal(tensors[short], expected), f"layer {layer} {short}: other bytes"
+
+    def step(self, *, rows: int = 3, seed: int = 0, between: Callable[[int], None] | None = None) -> str:
+        """A checked forward pass in the step's mode: every layer's bytes, every result bit for bit. The mode."""
+        x = expected = self.model.rows(rows, seed)
+        with self.runtime.step(num_tokens=rows) as step:
+            mode = step.mode
+            for layer in range(self.model.num_layers):
+                if self.pool.is_local(layer) or mode == Mode.WAS:
+                    tensors = self.fetch(layer)
+                    self.assert_layer(layer, tensors)
+                    x = mlp(tensors, x)
+                    self.runtime.release_layer(layer)
+                else:
+                    result = self.runtime.remote_compute(layer, "mlp", x)
+                    assert isinstance(result, torch.Tensor)
+                    x = result
+                expected = mlp(self.reference[layer], expected)
+                assert torch.equal(x, expected), f"layer {layer}: {(x - expected).abs().max()} off"
+                if between is not None:
+                    between(layer)
+        return mode.name.lower()
+
+    def settled_stats(self, copies: int, timeout_s: float = 5) -> dict[str, Any]:
+        """Counters once the lane has made that many copies and then stayed quiet."""
+        end = time.monotonic() + timeout_s
+        while self.runtime.stats()["copies"] < copies and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        stats = self.runtime.stats()
+        assert stats["copies"] == copies, f"{stats['copies']} copies, expected {copies}"
+        return stats
+
+    def bytes_by_peer(self, layers: Sequence[int]) -> list[int]:
+        """What copying these layers adds to ``stats()["bytes_by_peer"]``."""
+        moved = [0] * self.group.world_size
+        for layer in layers:
+            moved[self.pool.placement.owner(layer)] += self.pool.placement.layer_bytes(layer)
+        return moved
+
+    def head(self) -> list[int]:
+        """The layers that the lane holds ready before a step."""
+        return self.streamed[: self.pool.placement.num_slots(self.group.rank)]
+
+
+@contextmanager
+def open_replica(
+    context: RankContext,
+    model: SyntheticModel | None = None,
+    *,
+    mode: str = "auto",
+    ring_slots: int = 2,
+    resident_layers: Sequence[int] = (),
+    with_ops: bool = True,
+    max_rows: int = 16,
+    deadline_ms: int = 10_000,
+    backend: str = "host",
+    meet_at_end: bool = True,
+    **runtime_arguments: Any,
+) -> Iterator[Replica]:
+    """A filled and published pool and its runtime, closed at the end, by default once all ranks got there."""
+    model = model or SyntheticModel()
+    with context.group(deadline_ms=deadline_ms, backend=backend) as group:
+        placement = model.placement(context.world_size, ring_slots=ring_slots, resident_layers=resident_layers)
+        with sidp.WeightPool(group, model.layers(), placement) as pool:
+            model.fill(pool)
+            pool.publish()
+            with sidp.Runtime(
+                pool,
+                policy=sidp.ModePolicy(PROFILE, fixed=MODES[mode]),
+                ops=model.ops() if with_ops else (),
+                max_rows=max_rows,
+                **runtime_arguments,
+            ) as runtime:
+                yield Replica(context, model, group, pool, runtime)
+                if meet_at_end:
+                    context.meet("end")
