@@ -47,7 +47,4 @@ def report(token: str, pid: int | str = "self") -> dict[str, int]:
                 totals[f"{label}_{kind}"] += num_bytes
             if label == "pool" and kind == "rss" and writable:
                 totals["own_pool_rss"] += num_bytes
-        elif kind == "rss" and path.startswith(("/memfd:sidp-ring", "/memfd:sidp-resident")):
-            label = path.split(" ")[0].removeprefix("/memfd:sidp-")
-            totals[f"{label}_rss"] += num_bytes
     return totals

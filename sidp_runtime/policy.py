@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from . import _C, config
 from ._C import Mode
 from .errors import ConfigError
@@ -38,6 +36,8 @@ class MachineProfile:
     @classmethod
     def measure(cls) -> MachineProfile:
         """Measures the host backend's profile on this machine, in about a second, with one thread's copies."""
+        import numpy as np  # only here: it takes a tenth of a second
+
         source = np.ones(64 << 20, dtype=np.uint8)
         target = np.empty_like(source)
         weights = np.ones((4096, 2048), dtype=np.float32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _C, _torch
 from ._C import Mode
-from .errors import ConfigError, UnknownNameError
+from .errors import ClosedError, ConfigError, UnknownNameError
 from .manifest import DTYPE_BYTES
 from .ops import Op, OpProgram
 from .policy import ModePolicy
@@ -77,7 +77,8 @@ class Runtime:
         self._programs: dict[tuple[int, int], OpProgram] = {}
         core_ops = [self._core_op(index, op) for index, op in enumerate(ops)]
         programs = [next(p for (i, _), p in self._programs.items() if i == index) for index in range(len(ops))]
-        self._core = _C.Runtime(
+        self._final_stats: dict[str, Any] = {}
+        self._open_core: _C.Runtime | None = _C.Runtime(
             pool.core,
             core_ops,
             deadline_ms=pool.group.deadline_ms if deadline_ms is None else deadline_ms,
@@ -151,6 +152,9 @@ class Runtime:
 
     def views(self, layer: int) -> dict[str, torch.Tensor]:
         """What ``fetch_layer`` will return, without waiting: addresses are fixed, contents are not."""
+        if layer not in self._views:
+            self._core  # noqa: B018 - closed comes before unknown
+            raise UnknownNameError(f"layer {layer} is not one of the pool's {len(self.pool.layers)}", layer=layer)
         return self._views[layer]
 
     def op_program(self, op: str, layer: int) -> OpProgram:
@@ -180,11 +184,18 @@ class Runtime:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks."""
-        return self._core.stats()
+        return self._final_stats if self._open_core is None else self._open_core.stats()
 
     def close(self) -> None:
-        """Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent."""
-        self._core.close()
+        """Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.
+
+        ``stats`` keeps its last counters; tensors that were handed out stay valid memory.
+        """
+        if self._open_core is not None:
+            self._open_core.close()
+            self._final_stats = self._open_core.stats()
+            self._open_core = None
+            self._views = {}
 
     def __enter__(self) -> Runtime:
         return self
@@ -193,6 +204,12 @@ class Runtime:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _core(self) -> _C.Runtime:
+        if self._open_core is None:
+            raise ClosedError("the runtime is closed", rank=self.pool.group.rank)
+        return self._open_core
 
     def _op_index(self, op: str) -> int:
         if op not in self._ops:

@@ -1,6 +1,7 @@
 #include "sidp/activation_channel.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "collective.hpp"
@@ -29,6 +30,12 @@ Mailbox::Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows)
   check_same_on_all_ranks(backend.bootstrap(), backend.rank(), "ops", text);
   const auto rows = static_cast<ByteCount>(max_rows_);
   const auto world_size = static_cast<ByteCount>(backend.world_size());
+  // Beyond this the sizes below would wrap around and the slots come out too small.
+  if (rows > (std::numeric_limits<ByteCount>::max() >> 2) / world_size / (in_bytes + out_bytes + 2 * kAlignment))
+    throw Error(ErrorCode::kCapacity,
+                "slots of max_rows " + std::to_string(max_rows_) + " rows of " + std::to_string(in_bytes + out_bytes) +
+                    " bytes exceed the address space; lower max_rows",
+                {.rank = backend.rank()});
   request_stride_ = kAlignment + align_up(rows * in_bytes);
   reply_stride_ = kAlignment + align_up(rows * out_bytes);
   replies_at_ = request_stride_ * world_size;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <string>
 
+#include "collective.hpp"
 #include "sidp/error.hpp"
 
 namespace sidp {
@@ -36,6 +37,8 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   if (options_.policy.fixed == Mode::kCas && ops.empty() && placement.world_size() > 1)
     throw Error(ErrorCode::kConfig, "mode CaS needs ops: declare what the owner of a layer shall compute");
   decide({.num_tokens = 1}, shape_, options_.profile, options_.policy);  // rejects a bad policy before anything is made
+  // A rank without ops makes no mailbox and would leave the others waiting for it there.
+  check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops", std::to_string(ops.size()));
   if (!ops.empty()) {
     mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows);
     requester_ = std::make_unique<Requester>(*pool_, *mailbox_, options_.deadline);
@@ -105,7 +108,11 @@ void Runtime::end_step(Stream stream, bool broken_off) {
   ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
   stats_.last_decision = decision_;
   const bool skipped = decision_.mode == Mode::kWas && !lane_failed_ && !prefetcher_->step_complete();
-  if (skipped) prefetcher_->drain_step(stream);
+  if (skipped) {
+    lane_failed_ = true;  // stays so if the drain outlives its deadline: the ring is then out of order
+    prefetcher_->drain_step(stream);
+    lane_failed_ = false;
+  }
   if (broken_off || skipped || lane_failed_) {
     ++stats_.steps_broken_off;
     if (!broken_off && skipped)

@@ -87,13 +87,25 @@ class QkvShare:
         return self._outputs[position]
 
 
-class PooledLinear(nn.Module):
-    """A linear whose weight is a view of the pool: plain attributes, so that nothing copies or moves it."""
+class _OnPool(nn.Module):
+    """A module whose weight is a view of the pool: a plain attribute, so that nothing copies or moves it."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+
+    def drop(self) -> None:
+        """Lets go of the pool's memory."""
+        self.weight = self.weight.new_empty(0)
+        self.bias = None
+
+
+class PooledLinear(_OnPool):
+    """A linear of a decoder layer."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, bias)
         self.out_features, self.in_features = weight.shape
         self.state: StepState | None = None
         self.remote: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -120,12 +132,11 @@ class PooledMlp(nn.Module):
         return result
 
 
-class PooledEmbedding(nn.Module):
+class PooledEmbedding(_OnPool):
     """Token embedding in the pool."""
 
     def __init__(self, weight: torch.Tensor, state: StepState, layer: int, streamed: bool) -> None:
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight)
         self._state = state
         self._layer = layer
         self._streamed = streamed
@@ -141,12 +152,11 @@ class PooledEmbedding(nn.Module):
         return y
 
 
-class PooledHead(nn.Module):
+class PooledHead(_OnPool):
     """Output head in the pool."""
 
     def __init__(self, weight: torch.Tensor, state: StepState, layer: int, streamed: bool) -> None:
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight)
         self._state = state
         self._layer = layer
         self._streamed = streamed

@@ -70,7 +70,10 @@ class PooledModel:
         return self.runtime.stats()
 
     def close(self) -> None:
-        """Leaves the group; peers go on with this rank's bytes. The model is of no use afterwards."""
+        """Leaves the group and lets go of the memory; the model is of no use afterwards. Idempotent."""
+        for module in self.model.modules():
+            if isinstance(module, (PooledLinear, PooledEmbedding, PooledHead)):
+                module.drop()
         self.runtime.close()
         self.pool.close()
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import SyntheticModel, mlp, pair
+from helpers.models import SyntheticModel, Weights, mlp, pair
 from helpers.processes import RankContext, run_ranks
-from helpers.ranks import open_replica
+from helpers.ranks import PROFILE, open_replica
 
+import sidp_runtime as sidp
 from sidp_runtime import Mode, Op
 from sidp_runtime.errors import RemoteOpError
 
@@ -64,7 +65,7 @@ def test_products_large_enough_for_blocked_kernels(backend: str) -> None:
 
 
 def two_outputs(context: RankContext, backend: str) -> None:
-    with open_replica(context, mode="cas", backend=backend) as replica:
+    with open_replica(context, mode="cas", backend=backend, ops=("mlp", "pair")) as replica:
         for rows in (1, 4, 16):
             x = replica.model.rows(rows, rows)
             with replica.runtime.step(num_tokens=rows):
@@ -83,6 +84,11 @@ def test_an_op_with_two_outputs(backend: str) -> None:
     run_ranks(two_outputs, 2, backend=backend)
 
 
+def one(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
 def odd_inputs(context: RankContext, backend: str) -> None:
     """Strided rows, rows that want a gradient, and inference mode."""
     with open_replica(context, mode="cas", backend=backend) as replica:
@@ -94,12 +100,11 @@ def odd_inputs(context: RankContext, backend: str) -> None:
         wants_grad = replica.model.rows(4).requires_grad_()
         with replica.runtime.step(num_tokens=4):
             for x in (strided, wants_grad, replica.model.rows(4).t().contiguous().t()):
-                y = replica.runtime.remote_compute(layer, "mlp", x)
-                assert isinstance(y, torch.Tensor)
+                y = one(replica.runtime.remote_compute(layer, "mlp", x))
                 assert not y.requires_grad
                 assert torch.equal(y, mlp(expected_of, x.detach().contiguous()))
             with torch.inference_mode():
-                assert torch.equal(replica.runtime.remote_compute(layer, "mlp", strided), y)
+                assert torch.equal(one(replica.runtime.remote_compute(layer, "mlp", strided)), y)
 
 
 def test_rows_in_any_layout(backend: str) -> None:
@@ -129,16 +134,12 @@ def test_the_mode_may_change_every_step(backend: str) -> None:
     assert any("cas" in result["modes"] for result in results)
 
 
-def refuse(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def look_up(w: Weights, x: torch.Tensor) -> torch.Tensor:
     """Fails at run time for ids outside the table; a trace cannot know."""
     return torch.nn.functional.embedding(x[:, 0], w["table"])
 
 
 def owner_fails(context: RankContext, backend: str) -> dict[str, Any]:
-    from helpers.ranks import PROFILE
-
-    import sidp_runtime as sidp
-
     layers = [sidp.LayerSpec(f"l{i}", (sidp.TensorSpec(f"l{i}.table", (10, 4), "float32"),)) for i in range(2)]
     with context.group(backend=backend) as group:
         placement = sidp.Placement.by_layer([layer.num_bytes for layer in layers], 2)
@@ -146,18 +147,18 @@ def owner_fails(context: RankContext, backend: str) -> dict[str, Any]:
         for i in pool.local_layers:
             pool.layer_view(i)[f"l{i}.table"].copy_(torch.arange(40.0).view(10, 4) + i)
         pool.publish()
-        op = Op("look_up", refuse, 1, "int64", {i: {"table": f"l{i}.table"} for i in range(2)})
+        op = Op("look_up", look_up, 1, "int64", {i: {"table": f"l{i}.table"} for i in range(2)})
         policy = sidp.ModePolicy(PROFILE, fixed=Mode.CAS)
         with sidp.Runtime(pool, policy=policy, ops=[op], max_rows=4) as runtime:
             remote = 1 - context.rank
             with runtime.step(num_tokens=2):
                 ids = torch.tensor([[3], [9]])
                 expected = torch.arange(40.0).view(10, 4)[[3, 9]] + remote
-                assert torch.equal(runtime.remote_compute(remote, "look_up", ids), expected)
+                assert torch.equal(one(runtime.remote_compute(remote, "look_up", ids)), expected)
                 with pytest.raises(RemoteOpError, match=f"layer {remote} failed at its owner") as caught:
                     runtime.remote_compute(remote, "look_up", ids + 5)
                 assert (caught.value.rank, caught.value.peer, caught.value.layer) == (1 - remote, remote, remote)
-                assert torch.equal(runtime.remote_compute(remote, "look_up", ids), expected)
+                assert torch.equal(one(runtime.remote_compute(remote, "look_up", ids)), expected)
             context.meet("asked")
             return runtime.stats()
 

@@ -11,9 +11,13 @@ from helpers.models import SyntheticModel
 from helpers.processes import RankContext, run_ranks
 from helpers.ranks import Replica, open_replica
 
+import sidp_runtime as sidp
+
 
 def fetch_every_step(context: RankContext, backend: str, model: dict[str, Any], ring_slots: int) -> None:
-    with open_replica(context, SyntheticModel(**model), mode="was", backend=backend, ring_slots=ring_slots) as replica:
+    with open_replica(
+        context, SyntheticModel(**model), mode="was", ops=(), backend=backend, ring_slots=ring_slots
+    ) as replica:
         addresses = {i: t["gate"].data_ptr() for i, t in views(replica).items()}
         steps = 6
         for seed in range(steps):
@@ -68,7 +72,7 @@ def test_a_group_of_one_streams_nothing(backend: str) -> None:
 
 
 def residents(context: RankContext, backend: str, resident: list[int]) -> None:
-    with open_replica(context, backend=backend, mode="was", resident_layers=resident) as replica:
+    with open_replica(context, backend=backend, mode="was", ops=(), resident_layers=resident) as replica:
         assert set(resident) <= set(replica.pool.local_layers)
         assert replica.pool.placement.owner(resident[0]) == -1
         replica.step()
@@ -88,7 +92,7 @@ def count_hits(context: RankContext, backend: str) -> None:
     slots = 2
     model = SyntheticModel(num_layers=10)
     with open_replica(
-        context, model, mode="was", backend=backend, ring_slots=slots, test_lane_delay_us=30_000
+        context, model, mode="was", ops=(), backend=backend, ring_slots=slots, test_lane_delay_us=30_000
     ) as replica:
         streamed = replica.streamed
         replica.settled_stats(slots)  # the head of the first step streams at once
@@ -115,7 +119,7 @@ def test_ring_hits_and_waits_are_counted(backend: str) -> None:
 
 def hold_a_layer(context: RankContext, backend: str) -> None:
     """Every layer another constant, so that a byte of another layer shows at once."""
-    with open_replica(context, SyntheticModel(num_layers=6), mode="was", backend=backend) as replica:
+    with open_replica(context, SyntheticModel(num_layers=6), mode="was", ops=(), backend=backend) as replica:
         runtime, streamed = replica.runtime, replica.streamed
         for _ in range(3):
             with runtime.step(num_tokens=1):
@@ -135,7 +139,7 @@ def test_a_held_layer_is_never_overwritten(backend: str) -> None:
 
 def held_out_of_order(context: RankContext, backend: str) -> None:
     """Two layers held at once and released the other way round."""
-    with open_replica(context, SyntheticModel(num_layers=8), mode="was", backend=backend) as replica:
+    with open_replica(context, SyntheticModel(num_layers=8), mode="was", ops=(), backend=backend) as replica:
         streamed = replica.streamed
         for _ in range(3):
             with replica.runtime.step(num_tokens=1):
@@ -151,17 +155,24 @@ def test_layers_may_be_released_in_another_order(backend: str) -> None:
     run_ranks(held_out_of_order, 2, backend=backend)
 
 
+def use_some(runtime: sidp.Runtime, layers: list[int], held: list[int]) -> None:
+    """A step that uses these layers, keeps some, and fails."""
+    with runtime.step(num_tokens=1):
+        for layer in layers:
+            runtime.fetch_layer(layer)
+            if layer not in held:
+                runtime.release_layer(layer)
+        raise KeyError("engine")
+
+
 def break_off(context: RankContext, backend: str) -> None:
-    with open_replica(context, SyntheticModel(num_layers=8), mode="was", backend=backend) as replica:
+    with open_replica(context, SyntheticModel(num_layers=8), mode="was", ops=(), backend=backend) as replica:
         runtime, streamed = replica.runtime, replica.streamed
         for fetched in range(len(streamed) + 1):
             for release_last in (True, False):
-                with pytest.raises(KeyError, match="engine"), runtime.step(num_tokens=1):
-                    for layer in streamed[:fetched]:
-                        runtime.fetch_layer(layer)
-                        if release_last or layer != streamed[fetched - 1]:
-                            runtime.release_layer(layer)
-                    raise KeyError("engine")
+                held = [] if release_last else streamed[:fetched][-1:]
+                with pytest.raises(KeyError, match="engine"):
+                    use_some(runtime, streamed[:fetched], held)
                 replica.step()
         broken = 2 * (len(streamed) + 1)
         stats = replica.settled_stats(2 * broken * len(streamed) + len(replica.head()))
@@ -175,7 +186,7 @@ def test_a_step_that_raises_leaves_the_ring_in_order(backend: str) -> None:
 
 
 def views_after_close(context: RankContext, backend: str) -> None:
-    with open_replica(context, mode="was", backend=backend) as replica:
+    with open_replica(context, mode="was", ops=(), backend=backend) as replica:
         tensors = {i: replica.model.short(i, replica.pool.layer_view(i)) for i in replica.pool.local_layers}
         ring = [replica.runtime.views(i) for i in replica.streamed]
         buffers = [replica.pool.buffer(i) for i in replica.pool.local_layers]

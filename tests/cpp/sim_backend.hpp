@@ -14,10 +14,11 @@ namespace sidp::test {
 // What all ranks share. Memory outlives its rank, as mapped shared memory does.
 class SimWorld {
  public:
-  SimWorld(Scheduler& scheduler, Rank world_size) : scheduler(scheduler), world_size(world_size) {
-    flags.resize(static_cast<std::size_t>(world_size));
-    left.resize(static_cast<std::size_t>(world_size));
-  }
+  SimWorld(Scheduler& its_scheduler, Rank num_ranks)
+      : scheduler(its_scheduler),
+        world_size(num_ranks),
+        flags(static_cast<std::size_t>(num_ranks)),
+        left(static_cast<std::size_t>(num_ranks)) {}
 
   Scheduler& scheduler;
   const Rank world_size;

@@ -50,14 +50,14 @@ std::thread Scheduler::start(Rank rank, ThreadKind kind, std::function<void()> b
   thread.rank = rank;
   thread.kind = kind;
   thread.number = threads_.size() - 1;
-  return std::thread([this, &thread, body = std::move(body)] {
+  return std::thread([this, &thread, rank, kind, body = std::move(body)] {
     current = &thread;
     thread.go.acquire();
     try {
       if (!teardown_) body();
     } catch (const SimKilled&) {
     } catch (const std::exception& error) {
-      fail(describe(thread) + " threw: " + error.what());
+      fail("rank " + std::to_string(rank) + " " + name(kind) + " threw: " + error.what());
     }
     thread.finished = true;
     switch_from(thread);

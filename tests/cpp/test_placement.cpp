@@ -82,7 +82,9 @@ TEST(Placement, BytesAreAlignedAndDoNotOverlap) {
       EXPECT_LE(end, area);
     }
     for (Rank r = 0; r < pool.options.world_size; ++r)
-      if (!areas.contains(r)) EXPECT_EQ(pool.placement.pool_bytes(r), 0u);
+      if (!areas.contains(r)) {
+        EXPECT_EQ(pool.placement.pool_bytes(r), 0u);
+      }
   });
 }
 
@@ -132,7 +134,9 @@ TEST(Placement, RingPlanIsRightForTwoSteps) {
           EXPECT_EQ(entry.offset % kAlignment, 0u);
           EXPECT_LE(entry.offset + entry.bytes, pool.placement.ring_bytes(rank));
           const auto held = holder.find(entry.slot);
-          if (held != holder.end()) EXPECT_EQ(entry.after_layer, held->second);
+          if (held != holder.end()) {
+            EXPECT_EQ(entry.after_layer, held->second);
+          }
           holder[entry.slot] = entry.layer;
         }
     }
@@ -150,7 +154,9 @@ TEST(Placement, RingSlotsAreSpacedAsFarAsPromised) {
         const std::int32_t slot = ring_slot(k, count, slots);
         ASSERT_GE(slot, 0);
         ASSERT_LT(slot, std::min(slots, count));
-        if (k < count - remainder) ASSERT_EQ(slot, k % slots);
+        if (k < count - remainder) {
+          ASSERT_EQ(slot, k % slots);
+        }
         if (last.contains(slot)) {
           const std::int32_t promised = count <= slots ? count : (slots + remainder) / 2;
           ASSERT_GE(position - last[slot], remainder == 0 && count >= slots ? slots : promised) << "layer " << k;

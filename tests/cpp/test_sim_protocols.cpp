@@ -17,6 +17,9 @@ constexpr std::uint64_t kScale = 5;
 constexpr std::uint64_t kScale = 1;
 #endif
 
+// Only then do the counts below say whether the scenarios went where they should.
+bool ran_all_seeds() { return std::getenv("SIDP_SIM_SEED") == nullptr && !::testing::Test::HasFailure(); }
+
 // check(scenario, report): what has to hold beyond a run without failure.
 template <typename Check>
 void run_seeds(Fault fault, std::uint64_t count, Check check) {
@@ -41,7 +44,9 @@ void run_seeds(Fault fault, std::uint64_t count, Check check) {
 // Every rank but one that died ended its steps.
 void expect_finished(const Scenario& scenario, const RunReport& report) {
   for (std::size_t r = 0; r < report.ranks.size(); ++r)
-    if (scenario.faults.dies != static_cast<Rank>(r)) EXPECT_TRUE(report.ranks[r].finished) << "rank " << r;
+    if (scenario.faults.dies != static_cast<Rank>(r)) {
+      EXPECT_TRUE(report.ranks[r].finished) << "rank " << r;
+    }
 }
 
 std::uint64_t fallbacks(const RunReport& report) {
@@ -67,7 +72,9 @@ TEST(SimProtocols, AllInOrderWhenNothingFails) {
       }
     }
   });
-  if (std::getenv("SIDP_SIM_SEED") == nullptr) EXPECT_TRUE(requests > 1000 / kScale && fetches > 1000 / kScale && drained > 0);
+  if (ran_all_seeds()) {
+    EXPECT_TRUE(requests > 1000 / kScale && fetches > 1000 / kScale && drained > 0);
+  }
 }
 
 TEST(SimProtocols, AllAskAllAtOnce) {
@@ -95,23 +102,28 @@ TEST(SimProtocols, SurvivorsOfADeathFinish) {
     expect_finished(scenario, report);
     EXPECT_EQ(report.expiries, 0u) << "the death was known, yet a wait went on to its deadline";
     for (std::size_t r = 0; r < report.ranks.size(); ++r)
-      if (scenario.faults.dies != static_cast<Rank>(r))
-        EXPECT_GE(report.ranks[r].stats.requester.fallbacks + (report.ranks[r].asked_dead > 0 ? 1 : 0),
-                  report.ranks[r].asked_dead > 0 ? 2u : 0u)
-            << "rank " << r << " asked a dead owner and did not fall back";
+      if (scenario.faults.dies != static_cast<Rank>(r)) {
+        EXPECT_GE(report.ranks[r].stats.requester.fallbacks, report.ranks[r].asked_dead) << "rank " << r;
+      }
     seen += fallbacks(report);
   });
-  if (std::getenv("SIDP_SIM_SEED") == nullptr) EXPECT_GT(seen, 100 / kScale);
+  if (ran_all_seeds()) {
+    EXPECT_GT(seen, 100 / kScale);
+  }
 }
 
 TEST(SimProtocols, HungOwnerIsPassedOverAndLateRepliesHarmNobody) {
   std::uint64_t seen = 0;
   run_seeds(Fault::kHang, 1000, [&](const Scenario& scenario, const RunReport& report) {
     expect_finished(scenario, report);
-    if (report.expiries > 0) EXPECT_GT(fallbacks(report), 0u);
+    if (report.expiries > 0) {
+      EXPECT_GT(fallbacks(report), 0u);
+    }
     seen += fallbacks(report);
   });
-  if (std::getenv("SIDP_SIM_SEED") == nullptr) EXPECT_GT(seen, 100 / kScale);
+  if (ran_all_seeds()) {
+    EXPECT_GT(seen, 100 / kScale);
+  }
 }
 
 TEST(SimProtocols, HungLaneEndsItsOwnRuntimeOnly) {
@@ -119,12 +131,16 @@ TEST(SimProtocols, HungLaneEndsItsOwnRuntimeOnly) {
   run_seeds(Fault::kLaneHang, 600, [&](const Scenario& scenario, const RunReport& report) {
     expect_finished(scenario, report);
     for (std::size_t r = 0; r < report.ranks.size(); ++r) {
-      if (scenario.faults.hangs != static_cast<Rank>(r)) EXPECT_FALSE(report.ranks[r].lane_failed);
+      if (scenario.faults.hangs != static_cast<Rank>(r)) {
+        EXPECT_FALSE(report.ranks[r].lane_failed);
+      }
       seen += report.ranks[r].lane_failed;
     }
     EXPECT_EQ(fallbacks(report), 0u);
   });
-  if (std::getenv("SIDP_SIM_SEED") == nullptr) EXPECT_GT(seen, 50 / kScale);
+  if (ran_all_seeds()) {
+    EXPECT_GT(seen, 50 / kScale);
+  }
 }
 
 TEST(SimProtocols, RanksMayLeaveWhenTheyLike) {
@@ -134,7 +150,9 @@ TEST(SimProtocols, RanksMayLeaveWhenTheyLike) {
     EXPECT_EQ(report.expiries, 0u);
     seen += fallbacks(report);
   });
-  if (std::getenv("SIDP_SIM_SEED") == nullptr) EXPECT_GT(seen, 20 / kScale);
+  if (ran_all_seeds()) {
+    EXPECT_GT(seen, 20 / kScale);
+  }
 }
 
 TEST(SimProtocols, SameSeedSameRun) {

@@ -33,7 +33,7 @@ from sidp_runtime.group import Store
 
 _server = multiprocessing.get_context("forkserver")
 # pytest: a forked process runs the main module of the test session again, under another name
-_server.set_forkserver_preload(["torch", "sidp_runtime.runtime", "pytest"])
+_server.set_forkserver_preload(["torch", "torch._dynamo", "torch._inductor", "sidp_runtime.runtime", "pytest"])
 
 _NUMBERS = ("rank", "peer", "layer", "num_bytes", "waited_ms", "expected", "seen")
 _FLUSH_S = 0.3  # for a stack dump to reach the file
@@ -201,6 +201,11 @@ class Ranks:
         """Sends a signal to one process that has not ended."""
         assert self._processes[index].exitcode is None, f"process {index} has ended already"
         os.kill(self.pid(index), number)
+
+    def kill(self, index: int) -> None:
+        """SIGKILL; returns once the process has ended."""
+        self.signal(index, signal.SIGKILL)
+        self._processes[index].join(10)
 
     def mark(self, name: str) -> None:
         (self.folder / name).touch()

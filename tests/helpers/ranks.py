@@ -98,9 +98,10 @@ def open_replica(
     mode: str = "auto",
     ring_slots: int = 2,
     resident_layers: Sequence[int] = (),
-    with_ops: bool = True,
+    ops: Sequence[str] = ("mlp",),
     max_rows: int = 16,
     deadline_ms: int = 10_000,
+    runtime_deadline_ms: int | None = None,
     backend: str = "host",
     meet_at_end: bool = True,
     **runtime_arguments: Any,
@@ -115,8 +116,9 @@ def open_replica(
             with sidp.Runtime(
                 pool,
                 policy=sidp.ModePolicy(PROFILE, fixed=MODES[mode]),
-                ops=model.ops() if with_ops else (),
+                ops=model.ops(ops),
                 max_rows=max_rows,
+                deadline_ms=runtime_deadline_ms,
                 **runtime_arguments,
             ) as runtime:
                 yield Replica(context, model, group, pool, runtime)

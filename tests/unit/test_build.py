@@ -20,9 +20,7 @@ CMAKE = shutil.which("cmake", path=TOOL_PATH)
 
 pytestmark = [
     pytest.mark.unit,
-    pytest.mark.skipif(
-        not (ROOT / "CMakeLists.txt").is_file(), reason="tests are not run from a source tree"
-    ),
+    pytest.mark.skipif(not (ROOT / "CMakeLists.txt").is_file(), reason="tests are not run from a source tree"),
 ]
 
 
@@ -69,9 +67,7 @@ def test_cuda_auto_takes_what_is_there_and_says_which(tmp_path: Path) -> None:
 def test_cuda_auto_configures_on_any_machine(tmp_path: Path) -> None:
     done = configure(tmp_path, "-DSIDP_WITH_CUDA=AUTO")
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"CUDA part: (yes, CUDA \d+\.\d+ headers from|no \(no CUDA headers found\))", done.stdout
-    )
+    assert re.search(r"CUDA part: (yes, CUDA \d+\.\d+ headers from|no \(no CUDA headers found\))", done.stdout)
 
 
 def test_explicit_root_comes_first(tmp_path: Path) -> None:
@@ -108,9 +104,7 @@ def test_module_links_neither_driver_nor_torch_nor_nvshmem() -> None:
     if readelf is None:
         pytest.skip("readelf (binutils) is not installed")
     assert _C.__file__ is not None
-    done = subprocess.run(
-        [readelf, "-d", _C.__file__], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([readelf, "-d", _C.__file__], capture_output=True, text=True, check=True, timeout=60)
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", done.stdout)
     assert any(name.startswith("libc.so") for name in needed)
     for banned in ("libcuda", "libcudart", "libtorch", "libc10", "libnvshmem", "libpython"):
@@ -126,9 +120,7 @@ def test_module_exports_its_entry_point_alone() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     rows = [line.split() for line in done.stdout.splitlines()]
     # the type information of enums is exported whatever the visibility: functions are what counts
-    ours = [
-        row[7] for row in rows if len(row) > 7 and row[3] == "FUNC" and row[6] != "UND" and "sidp" in row[7]
-    ]
+    ours = [row[7] for row in rows if len(row) > 7 and row[3] == "FUNC" and row[6] != "UND" and "sidp" in row[7]]
     assert ours == []
 
 

@@ -67,16 +67,12 @@ def test_bit_patterns_convert_as_torch_does(stored: str, wanted: str, seed: int,
     got = convert_float(values, stored, wanted)
     as_torch = torch.from_numpy(got.view(np.int32 if wanted == "float32" else np.int16).copy())
     assert torch.equal(
-        torch.nan_to_num(
-            as_torch.view(getattr(torch, wanted)).double(), nan=1.25e300, posinf=1e301, neginf=-1e301
-        ),
+        torch.nan_to_num(as_torch.view(getattr(torch, wanted)).double(), nan=1.25e300, posinf=1e301, neginf=-1e301),
         torch.nan_to_num(expected[fits].double(), nan=1.25e300, posinf=1e301, neginf=-1e301),
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "dtype"), [(70000.0, "float16"), (-3.4e38, "float16"), (3.4e38, "bfloat16")]
-)
+@pytest.mark.parametrize(("value", "dtype"), [(70000.0, "float16"), (-3.4e38, "float16"), (3.4e38, "bfloat16")])
 def test_value_that_does_not_fit_is_refused(tmp_path: Path, value: float, dtype: str) -> None:
     checkpoint = make(tmp_path, w=torch.tensor([1.0, value, float("inf")]))
     with (

@@ -83,9 +83,7 @@ def test_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MASTER_ADDR", "a b", r"MASTER_ADDR='a b'"),
     ],
 )
-def test_wrong_rendezvous_is_named(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
-) -> None:
+def test_wrong_rendezvous_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(name, value)

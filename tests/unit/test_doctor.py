@@ -154,9 +154,7 @@ def test_unlimited_container_has_no_quota(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("something else", None),
     ],
 )
-def test_kernel_driver_version(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str | None
-) -> None:
+def test_kernel_driver_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str | None) -> None:
     file = tmp_path / "version"
     file.write_text(text)
     monkeypatch.setattr(doctor, "NVIDIA_PROC_FILE", file)

@@ -110,9 +110,7 @@ def test_tiny_file_reads_back(tiny: Path, name: str, chunk: int, monkeypatch: py
     assert checkpoint.entries[name].dtype == f"gguf:{kind.name}"
     assert checkpoint.entries[name].shape == values.shape
     # Quantisation works on rows, so doing it before the rows move gives the same numbers.
-    expected = torch.from_numpy(
-        gguf.dequantize(gguf.quantize(values, kind), kind).reshape(values.shape).copy()
-    )
+    expected = torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind).reshape(values.shape).copy())
     for dtype in ("float32", "float16", "bfloat16"):
         assert torch.equal(read(checkpoint, name, dtype), expected.to(getattr(torch, dtype)))
 
@@ -272,9 +270,7 @@ def test_each_damage_is_named_with_numbers(tiny: Path, tmp_path: Path, case: str
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=3))
-def test_damaged_headers_raise_only_typed_errors(
-    tiny: Path, tmp_path: Path, changes: list[tuple[int, int]]
-) -> None:
+def test_damaged_headers_raise_only_typed_errors(tiny: Path, tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     content = bytearray(tiny.read_bytes())
     header = min(entry.offset for entry in read_entries(tiny).values())
     for position, value in changes:

@@ -50,9 +50,7 @@ def test_only_the_given_layers_are_read(source: CheckpointSource, weights: dict[
     mine = (1, 3)
     buffers = {i: bytearray(b"\xaa" * (layers[i].num_bytes + 3)) for i in mine}
     calls: list[tuple[int, int, float]] = []
-    report = load_layers(
-        source, layers, {i: memoryview(b) for i, b in buffers.items()}, lambda *a: calls.append(a)
-    )
+    report = load_layers(source, layers, {i: memoryview(b) for i, b in buffers.items()}, lambda *a: calls.append(a))
     per_layer = 2 * (35 + 7)
     assert report.bytes_read == source.bytes_read == per_layer * len(mine)
     assert report.bytes_written == (2 * 35 + 4 * 7) * len(mine)
@@ -69,14 +67,10 @@ def test_only_the_given_layers_are_read(source: CheckpointSource, weights: dict[
             covered[start : start + tensor.num_bytes] = b"\1" * tensor.num_bytes
             got = torch.frombuffer(raw, dtype=getattr(torch, tensor.dtype)).reshape(tensor.shape)
             assert torch.equal(got.bfloat16(), weights[tensor.name])
-        assert all(b == 0xAA for b, used in zip(buffers[i], covered, strict=True) if not used), (
-            "padding was written"
-        )
+        assert all(b == 0xAA for b, used in zip(buffers[i], covered, strict=True) if not used), "padding was written"
 
 
-def test_reads_go_through_the_file_in_order(
-    source: CheckpointSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reads_go_through_the_file_in_order(source: CheckpointSource, monkeypatch: pytest.MonkeyPatch) -> None:
     offsets: list[int] = []
     real = os.preadv
 

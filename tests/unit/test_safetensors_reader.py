@@ -31,9 +31,7 @@ DTYPES = {
     "uint8": np.uint8,
     "bool": np.bool_,
 }
-RELAXED = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -60,9 +58,7 @@ def read(checkpoint: Checkpoint, spec: TensorSpec) -> bytes:
         st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=12).filter(
             lambda name: name != "__metadata__" and not any(c.isspace() for c in name)
         ),
-        st.tuples(
-            st.sampled_from(sorted(DTYPES)), st.lists(st.integers(1, 5), max_size=4), st.integers(0, 2**32)
-        ),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(1, 5), max_size=4), st.integers(0, 2**32)),
         min_size=1,
         max_size=6,
     )
@@ -70,9 +66,7 @@ def read(checkpoint: Checkpoint, spec: TensorSpec) -> bytes:
 def test_what_the_library_writes_reads_back_byte_for_byte(tmp_path: Path, tensors: dict[str, Any]) -> None:
     arrays = {}
     for name, (dtype, shape, seed) in tensors.items():
-        raw = np.random.default_rng(seed).bytes(
-            int(np.prod(shape, dtype=int)) * np.dtype(DTYPES[dtype]).itemsize
-        )
+        raw = np.random.default_rng(seed).bytes(int(np.prod(shape, dtype=int)) * np.dtype(DTYPES[dtype]).itemsize)
         bits = np.frombuffer(raw, np.uint8) & 1 if dtype == "bool" else np.frombuffer(raw, np.uint8)
         arrays[name] = bits.view(DTYPES[dtype]).reshape(shape).copy()
     save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -158,8 +152,7 @@ DAMAGED: dict[str, tuple[Any, bytes, int | None, str]] = {
     ),
     "not a tensor": ({"a": 7}, bytes(8), None, r"'a' must have exactly.*int"),
     "duplicated": (
-        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         b"x",
         None,
         r"duplicated name 'a' in the header of 1\d\d bytes",
@@ -232,9 +225,7 @@ def test_index_that_is_untrue_of_its_shards(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
     sharded(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"})
     save_file({"b": np.ones(3, np.float16), "a": np.zeros(2, np.float32)}, tmp_path / "m-2.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"'a' is duplicated: in .*m-1.safetensors and in .*m-2.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"'a' is duplicated: in .*m-1.safetensors and in .*m-2.safetensors"):
         Checkpoint.open(tmp_path)
     for text in ('{"weight_map": {}}', '{"weight_map": []}', "{}"):
         (tmp_path / "model.safetensors.index.json").write_text(text)
@@ -251,9 +242,7 @@ def test_unindexed_shards_and_their_duplicates(tmp_path: Path) -> None:
     save_file({"b": np.zeros(2, np.float32)}, tmp_path / "y.safetensors")
     assert sorted(Checkpoint.open(tmp_path).entries) == ["a", "b"]
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "y.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"'a' is duplicated: in .*x.safetensors and in .*y.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"'a' is duplicated: in .*x.safetensors and in .*y.safetensors"):
         Checkpoint.open(tmp_path)
 
 

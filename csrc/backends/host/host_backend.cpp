@@ -36,7 +36,7 @@ class HostSymmetricBuffer final : public SymmetricBuffer {
   std::vector<std::unique_ptr<SharedSegment>> segments_;  // by rank; null where the rank holds nothing
 };
 
-// Collective: every rank makes its own segment, maps those of the others, and removes its name.
+// Collective: every rank makes its own segment, maps those of the others, and removes the names.
 std::vector<std::unique_ptr<SharedSegment>> exchange(Backend& backend, const std::string& token,
                                                      std::span<const ByteCount> bytes_by_rank, const std::string& label,
                                                      bool writable) {
@@ -60,7 +60,10 @@ std::vector<std::unique_ptr<SharedSegment>> exchange(Backend& backend, const std
     unlink_segments(token, backend.world_size());
     throw;
   }
-  SharedSegment::unlink(my_name);
+  // Everybody's, not only its own: a rank that dies right here cannot. All are mapped, and a name is only made again
+  // after another collective.
+  for (Rank rank = 0; rank < backend.world_size(); ++rank)
+    SharedSegment::unlink(SharedSegment::name(token, rank, label));
   return segments;
 }
 
@@ -97,7 +100,7 @@ std::unique_ptr<SymmetricBuffer> HostBackend::allocate_symmetric(std::span<const
 }
 
 std::unique_ptr<LocalBuffer> HostBackend::allocate_local(ByteCount bytes, const std::string& label) {
-  return allocate_unnamed(bytes, label);
+  return allocate_unnamed(bytes, options_.token + "-" + label);
 }
 
 std::unique_ptr<Lane> HostBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {

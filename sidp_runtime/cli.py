@@ -1,0 +1,167 @@
+"""The ``sidp`` command. Commands import what they need, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .errors import ConfigError, SidpError
+
+app = typer.Typer(
+    name="sidp",
+    help="One copy of the weights for a group of data-parallel LLM replicas.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ModeChoice(str, Enum):
+    """How streamed layers are used."""
+
+    auto = "auto"
+    was = "was"
+    cas = "cas"
+
+
+class DtypeChoice(str, Enum):
+    """Of weights and arithmetic."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    auto = "auto"
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Backend = Annotated[str, typer.Option(help="Transport between replicas.")]
+
+
+@contextmanager
+def _plain_errors(debug: bool) -> Iterator[None]:
+    """One line on stderr and exit code 1 instead of a traceback; 128 + signal when a signal stopped it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("stopped")
+        raise typer.Exit(130) from None
+    except SidpError as error:
+        if debug:
+            raise
+        _say(f"error: {error}")
+        signum = getattr(error, "signum", None)
+        raise typer.Exit(1 if signum is None else 128 + signum) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"error: internal: {type(error).__name__}: {error} (--debug shows where)")
+        raise typer.Exit(1) from None
+
+
+def _say(text: str) -> None:
+    print(" ".join(text.split()), file=sys.stderr)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Model directory (safetensors) or .gguf file.")],
+    prompts: Annotated[Path, typer.Option(help='JSON lines: {"id", "prompt" or "messages", "raw"}.')],
+    out: Annotated[Path, typer.Option(help="Results, JSON lines. An unfinished job is taken up where it was.")],
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that share the weights.")],
+    backend: Backend = "host",
+    mode: Annotated[ModeChoice, typer.Option(help="was: stream layers. cas: send activations.")] = ModeChoice.auto,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that go through the model together.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Annotated[DtypeChoice, typer.Option(help="auto: as stored, if bfloat16; else float32.")] = DtypeChoice.auto,
+    threads_per_replica: Annotated[int, typer.Option(min=1, help="Of the arithmetic. Another count, other bits.")] = 1,
+    deadline_ms: Annotated[
+        Optional[int], typer.Option(min=10, help="Longest wait for a peer. Default: SIDP_DEADLINE_MS.")  # noqa: UP045
+    ] = None,
+    silence_ms: Annotated[
+        int, typer.Option(min=100, help="A replica without progress for so long is taken for dead.")
+    ] = 600_000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of torch's generator; greedy decoding draws nothing.")] = 0,
+    report: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,  # noqa: UP045
+    debug: Debug = False,
+) -> None:
+    """Answer a file of prompts, greedily, with N replicas on one copy of the weights."""
+    with _plain_errors(debug):
+        from rich.console import Console
+
+        from .job import JobConfig, run
+        from .job.display import Display
+
+        config = JobConfig(
+            model=model,
+            prompts=prompts,
+            out=out,
+            replicas=replicas,
+            backend=backend,
+            mode=mode.value,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype.value,
+            threads_per_replica=threads_per_replica,
+            deadline_ms=deadline_ms,
+            silence_ms=silence_ms,
+            overwrite=overwrite,
+            seed=seed,
+            report=report,
+        )
+        console = Console()
+        with Display(console) as display:
+            result = run(config, display)
+        result.render(console)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What this machine can do, and why not. Exit code 1 if no job can run here."""
+    with _plain_errors(debug):
+        import json
+
+        from . import doctor as module
+
+        found = module.report()
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=1))
+        else:
+            module.render(found)
+        if found.exit_code:
+            raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def bench(
+    backend: Backend = "host",
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here.")] = None,  # noqa: UP045
+    debug: Debug = False,
+) -> None:
+    """Microbenchmarks. Exit code 1 if a figure misses its bar."""
+    with _plain_errors(debug):
+        if backend != "host":
+            raise ConfigError(f"there is no benchmark for backend {backend!r}; there is one for: host")
+        from .bench import host
+
+        if not host.main(json_path).passed:
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+// One rank of a group, as a process: rank_process FOLDER RANK WORLD_SIZE TOKEN [key=value ...]. Started by RankGroup.
+// Writes FOLDER/result-RANK with one "key value" a line. Exit status: 0 done, 3 sidp::Error, 4 anything else.
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <sstream>
+
+#include "backends/registry.hpp"
+#include "file_bootstrap.hpp"
+#include "usage_checks.hpp"
+#include "workload.hpp"
+
+namespace sidp::test {
+namespace {
+
+constexpr Milliseconds kMarkDeadline{30000};
+
+class RankProcess {
+ public:
+  RankProcess(std::filesystem::path folder, Rank rank, Rank world_size, std::string token,
+              std::map<std::string, std::string> settings)
+      : folder_(std::move(folder)), rank_(rank), token_(std::move(token)), settings_(std::move(settings)) {
+    spec_.world_size = world_size;
+    spec_.layer_bytes.assign(static_cast<std::size_t>(number("layers", 7)), static_cast<ByteCount>(number("bytes", 3000)));
+    if (number("uneven", 1) != 0)
+      for (std::size_t i = 0; i < spec_.layer_bytes.size(); ++i) spec_.layer_bytes[i] += 100 * i;
+    spec_.ring_slots = static_cast<std::int32_t>(number("slots", 2));
+    spec_.max_rows = number("max_rows", 3);
+    if (const std::int64_t resident = number("resident", -1); resident >= 0)
+      spec_.resident = {static_cast<LayerIndex>(resident)};
+  }
+
+  int run() {
+    int status = 0;
+    const auto start = Clock::now();
+    try {
+      work();
+      note("finished", 1);
+    } catch (const Error& error) {
+      note("error", to_string(error.code()));
+      std::string message = error.what();
+      std::replace(message.begin(), message.end(), '\n', ' ');
+      note("message", message);
+      note("peer", error.context().peer.value_or(-1));
+      status = 3;
+    } catch (const std::exception& error) {
+      note("error", error.what());
+      std::fprintf(stderr, "rank %d: %s\n", rank_, error.what());
+      status = 4;
+    }
+    note("total_ms", std::chrono::duration_cast<Milliseconds>(Clock::now() - start).count());
+    write_file(folder_ / ("result-" + std::to_string(rank_)), result_.str());
+    return status;
+  }
+
+ private:
+  void work() {
+    const auto hold = [this](const std::string& key) {
+      if (key != text("hold", "")) return;
+      mark("held");
+      await("go");
+    };
+    auto bootstrap = std::make_shared<FileBootstrap>(folder_, rank_, spec_.world_size,
+                                                     Milliseconds(number("setup_deadline_ms", 30000)), hold);
+    auto backend = make_backend({"host", rank_, spec_.world_size, token_}, bootstrap);
+    if (number("odd_layer", -1) >= 0) ++spec_.layer_bytes.at(static_cast<std::size_t>(number("odd_layer", 0)));
+    Workload workload(backend, spec_, {});
+    std::vector<Op> ops = workload.ops();
+    if (number("odd_op", 0) != 0) ops[1].name = "other";
+    if (number("no_ops", 0) != 0) ops.clear();
+    RuntimeOptions options;
+    options.deadline = Milliseconds(number("deadline_ms", 30000));
+    options.max_rows = spec_.max_rows;
+    options.profile = cas_profile();
+    if (text("mode", "auto") == "was") options.policy.fixed = Mode::kWas;
+    if (text("mode", "auto") == "cas") options.policy.fixed = Mode::kCas;
+    options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
+    options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
+    Runtime runtime(workload.pool(), ops, options);
+    mark("ready");
+    const std::string what = text("do", "steps");
+    if (what == "usage") {
+      check_usage(workload, runtime, spec_, options.policy.fixed);
+    } else if (what == "slow_lane") {
+      check_slow_lane(runtime, workload, /*break_off=*/false);
+    } else if (what == "slow_drain") {
+      check_slow_lane(runtime, workload, /*break_off=*/true);
+    } else {
+      steps(workload, runtime);
+    }
+    if (number("linger", 0) != 0) {
+      mark("waiting");
+      await("stop");
+    }
+    report(runtime.stats());
+    runtime.close();
+    mark("closed");
+  }
+
+  // `steps` steps, then on until the mark "stop" is there, then one more.
+  void steps(Workload& workload, Runtime& runtime) {
+    std::mt19937_64 random(static_cast<std::uint64_t>(number("seed", 1) * 100 + rank_));
+    const auto start = Clock::now();
+    const bool until_stop = number("until_stop", 0) != 0;
+    std::int64_t longest_us = 0, count = 0;
+    for (bool stopping = false; count < number("steps", 5) || (until_stop && !stopping); ++count) {
+      stopping = std::filesystem::exists(folder_ / "stop");
+      if (Clock::now() - start > kMarkDeadline) throw std::runtime_error("the mark 'stop' did not come");
+      StepPlan plan{.num_tokens = 1 + static_cast<std::int64_t>(random() % 6)};
+      if (!stopping && random() % 8 == 0) plan.break_at = static_cast<LayerIndex>(random() % spec_.layer_bytes.size());
+      const auto step_start = Clock::now();
+      workload.step(runtime, plan, random);
+      longest_us = std::max<std::int64_t>(
+          longest_us, std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - step_start).count());
+    }
+    note("steps", count);
+    note("longest_ms", longest_us / 1000);
+  }
+
+  void report(const RuntimeStats& stats) {
+    std::uint64_t requests = 0, served = 0, copied = 0;
+    for (const auto n : stats.requester.requests_by_peer) requests += n;
+    for (const auto n : stats.service.served_by_peer) served += n;
+    for (const auto n : stats.prefetcher.lane.bytes_by_peer) copied += n;
+    note("was_steps", stats.steps[0]);
+    note("cas_steps", stats.steps[1]);
+    note("fetches", stats.prefetcher.fetches);
+    note("fallbacks", stats.requester.fallbacks);
+    note("requests", requests);
+    note("served", served);
+    note("copied", copied);
+  }
+
+  template <typename Value>
+  void note(const std::string& key, const Value& value) {
+    result_ << key << ' ' << value << '\n';
+  }
+  void mark(const std::string& name) const { write_file(folder_ / (name + "-" + std::to_string(rank_)), ""); }
+  void await(const std::string& name) const {
+    if (!poll_until(kMarkDeadline, [&] { return std::filesystem::exists(folder_ / name); }))
+      throw std::runtime_error("the mark '" + name + "' did not come");
+  }
+  [[nodiscard]] std::string text(const std::string& key, const std::string& otherwise) const {
+    const auto found = settings_.find(key);
+    return found == settings_.end() ? otherwise : found->second;
+  }
+  [[nodiscard]] std::int64_t number(const std::string& key, std::int64_t otherwise) const {
+    const auto found = settings_.find(key);
+    return found == settings_.end() ? otherwise : std::stoll(found->second);
+  }
+
+  std::filesystem::path folder_;
+  Rank rank_;
+  std::string token_;
+  std::map<std::string, std::string> settings_;
+  WorkloadSpec spec_;
+  std::ostringstream result_;
+};
+
+}  // namespace
+}  // namespace sidp::test
+
+int main(int argc, char** argv) {
+  if (argc < 5) {
+    std::fprintf(stderr, "usage: %s FOLDER RANK WORLD_SIZE TOKEN [key=value ...]\n", argv[0]);
+    return 2;
+  }
+  ::umask(0);  // the mode of a segment must not depend on it
+  std::map<std::string, std::string> settings;
+  for (int i = 5; i < argc; ++i) {
+    const std::string argument = argv[i];
+    settings[argument.substr(0, argument.find('='))] = argument.substr(argument.find('=') + 1);
+  }
+  return sidp::test::RankProcess(argv[1], std::atoi(argv[2]), std::atoi(argv[3]), argv[4], std::move(settings)).run();
+}
