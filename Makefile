@@ -63,9 +63,12 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	@mkdir -p out
 	$(BIN)/sidp generate --model "$(MODEL)" --prompts bench/prompts.jsonl --out out/demo-was.jsonl \
-	  --replicas 2 --mode was --overwrite
+	  --replicas 2 --mode was --overwrite --show 2
 	$(BIN)/sidp generate --model "$(MODEL)" --prompts bench/prompts.jsonl --out out/demo-cas.jsonl \
-	  --replicas 2 --mode cas --overwrite
+	  --replicas 2 --mode cas --overwrite --show 2
+	@$(BIN)/python -c 'import json, sys; a, b = ({r["id"]: r["token_ids"] for r in map(json.loads, open(p))} for p in sys.argv[1:]); \
+	  sys.exit("WaS and CaS gave other tokens") if a != b else print(f"WaS and CaS: {len(a)} answers, token-identical")' \
+	  out/demo-was.jsonl out/demo-cas.jsonl
 
 # --- Tests
 test: test-cpp test-python

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from .errors import ConfigError, SidpError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="sidp",
@@ -90,6 +93,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of torch's generator; greedy decoding draws nothing.")] = 0,
     report: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,  # noqa: UP045
+    show: Annotated[int, typer.Option(min=0, help="Print so many of the answers.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Answer a file of prompts, greedily, with N replicas on one copy of the weights."""
@@ -120,6 +124,18 @@ def generate(
         with Display(console) as display:
             result = run(config, display)
         result.render(console)
+        _print_answers(out, show, console)
+
+
+def _print_answers(out: Path, count: int, console: Console) -> None:
+    import json
+    from itertools import islice
+
+    with out.open(encoding="utf-8") as lines:
+        for line in islice(lines, count):
+            answer = json.loads(line)
+            console.print(f"[bold]{answer['id']}[/]:", highlight=False)
+            console.print(answer["text"].strip(), markup=False, highlight=False)
 
 
 @app.command()

@@ -110,6 +110,7 @@ void Requester::compute(Stream stream, LayerIndex layer, OpIndex op, const std::
       ++stats_.requests_by_peer[peer];
       stats_.rows_sent += static_cast<std::uint64_t>(rows);
       stats_.bytes_sent += in_bytes;
+      answer.message[sizeof answer.message - 1] = '\0';  // it came from another process
       if (answer.failed)
         throw Error(ErrorCode::kRemoteOp,
                     "op '" + entry.name + "' of layer " + std::to_string(layer) + " failed at its owner, rank " +
@@ -127,7 +128,14 @@ void Requester::compute(Stream stream, LayerIndex layer, OpIndex op, const std::
                     ", no longer answers and its memory is not mapped here",
                 {.rank = rank, .peer = owner, .layer = layer});
   ++stats_.fallbacks;
-  kernel.run(weights, x, rows, y);
+  try {
+    kernel.run(weights, x, rows, y);
+  } catch (const std::exception& error) {
+    throw Error(ErrorCode::kRemoteOp,
+                "op '" + entry.name + "' of layer " + std::to_string(layer) + " failed here, in place of rank " +
+                    std::to_string(owner) + " which no longer answers: " + error.what(),
+                {.rank = rank, .peer = owner, .layer = layer});
+  }
 }
 
 }  // namespace sidp

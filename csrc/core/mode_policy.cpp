@@ -42,6 +42,7 @@ Decision decide(const PolicySnapshot& snapshot, const StepShape& shape, const Ma
   if (!(profile.copy_bytes_per_s > 0 && profile.round_trip_us > 0 && profile.memory_bytes_per_s > 0 &&
         profile.flops_per_s > 0))
     throw Error(ErrorCode::kConfig, "every rate of a machine profile must be above 0; calibrate again");
+  if (shape.element_bytes < 1) throw Error(ErrorCode::kConfig, "element_bytes must be at least 1");
   if (!(config.hysteresis >= 0 && config.hysteresis < 1))
     throw Error(ErrorCode::kConfig, "hysteresis must be in [0, 1)");
   if (shape.streamed_layers == 0) return {Mode::kWas, Reason::kAllLocal, 0, 0};

@@ -67,6 +67,13 @@ const std::byte* WeightPool::peer_layer(LayerIndex layer) const {
 
 std::byte* WeightPool::ring() const { return ring_ ? ring_->data() : nullptr; }
 
+void WeightPool::claim() {
+  if (claimed_)
+    throw Error(ErrorCode::kUsage, "a pool serves one runtime and this one had it; make another pool",
+                {.rank = backend_->rank()});
+  claimed_ = true;
+}
+
 void WeightPool::publish() {
   if (published_) throw Error(ErrorCode::kUsage, "the pool is published already", {.rank = backend_->rank()});
   backend_->bootstrap().all_gather("published", "");

@@ -33,6 +33,8 @@ class WeightPool {
   // written afterwards.
   void publish();
   [[nodiscard]] bool published() const { return published_; }
+  // A pool serves one runtime: its lane and service leave ring and flags in mid-order. Error(kUsage) the second time.
+  void claim();
 
   // Flags: ring slots first, then request flags by requester, then reply flags by owner.
   [[nodiscard]] std::uint32_t slot_flag(std::int32_t slot) const { return static_cast<std::uint32_t>(slot); }
@@ -48,6 +50,7 @@ class WeightPool {
   Placement placement_;
   std::uint32_t first_request_flag_ = 0;
   bool published_ = false;
+  bool claimed_ = false;
   std::unique_ptr<SymmetricBuffer> owned_;
   std::unique_ptr<LocalBuffer> resident_;
   std::unique_ptr<LocalBuffer> ring_;

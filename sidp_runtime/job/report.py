@@ -191,8 +191,8 @@ def _render(report: JobReport, console: Console) -> None:
         "batches",
         "tokens",
         "steps",
-        "bytes from peers",
-        "requests to peers",
+        "from peers",
+        "requests",
         "served",
         "fallbacks",
     ):

@@ -202,3 +202,23 @@ def views_after_close(context: RankContext, backend: str) -> None:
 
 def test_tensors_outlive_close(backend: str) -> None:
     run_ranks(views_after_close, 2, backend=backend)
+
+
+def late_publisher(context: RankContext, backend: str) -> list[float]:
+    """Rank 1 fills its layers late; rank 0 must not be let through before."""
+    model = SyntheticModel()
+    with context.group(backend=backend) as group:
+        pool = sidp.WeightPool(group, model.layers(), model.placement(2))
+        if context.rank == 1:
+            time.sleep(0.3)
+        model.fill(pool)
+        before = time.monotonic()
+        pool.publish()
+        after = time.monotonic()
+        pool.close()
+    return [before, after]
+
+
+def test_publish_waits_for_every_rank(backend: str) -> None:
+    early, late = run_ranks(late_publisher, 2, backend=backend)
+    assert early[0] < late[0] <= early[1]

@@ -24,7 +24,8 @@ class RankProcess {
               std::map<std::string, std::string> settings)
       : folder_(std::move(folder)), rank_(rank), token_(std::move(token)), settings_(std::move(settings)) {
     spec_.world_size = world_size;
-    spec_.layer_bytes.assign(static_cast<std::size_t>(number("layers", 7)), static_cast<ByteCount>(number("bytes", 3000)));
+    spec_.layer_bytes.assign(static_cast<std::size_t>(number("layers", 7)),
+                             static_cast<ByteCount>(number("bytes", 3000)));
     if (number("uneven", 1) != 0)
       for (std::size_t i = 0; i < spec_.layer_bytes.size(); ++i) spec_.layer_bytes[i] += 100 * i;
     spec_.ring_slots = static_cast<std::int32_t>(number("slots", 2));

@@ -31,7 +31,9 @@ class SimBootstrap final : public Bootstrap {
     all.resize(at(world_.world_size));
     if (all[at(rank_)]) world_.scheduler.fail("key '" + key + "' was used twice");
     all[at(rank_)] = payload;
-    const auto complete = [&all] { return std::all_of(all.begin(), all.end(), [](const auto& p) { return p.has_value(); }); };
+    const auto complete = [&all] {
+      return std::all_of(all.begin(), all.end(), [](const auto& p) { return p.has_value(); });
+    };
     if (!world_.scheduler.block("all_gather", complete, kSetUpDeadline.count())) {
       std::string missing;
       for (std::size_t r = 0; r < all.size(); ++r)

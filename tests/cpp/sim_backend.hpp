@@ -22,9 +22,9 @@ class SimWorld {
 
   Scheduler& scheduler;
   const Rank world_size;
-  std::vector<std::vector<FlagValue>> flags;  // by rank
-  std::vector<bool> left;                     // by rank
-  std::map<std::string, std::vector<std::optional<std::string>>> gathered;            // by key and rank
+  std::vector<std::vector<FlagValue>> flags;                                           // by rank
+  std::vector<bool> left;                                                              // by rank
+  std::map<std::string, std::vector<std::optional<std::string>>> gathered;             // by key and rank
   std::map<std::string, std::vector<std::shared_ptr<std::vector<std::byte>>>> pieces;  // by label and rank
 };
 

@@ -38,13 +38,18 @@ struct Meeting {
 class Engine {
  public:
   Engine(SimWorld& world, const Scenario& scenario, Meeting& meeting, Rank rank, RankReport& report)
-      : world_(world), scenario_(scenario), meeting_(meeting), rank_(rank), report_(report),
+      : world_(world),
+        scenario_(scenario),
+        meeting_(meeting),
+        rank_(rank),
+        report_(report),
         random_(scenario.seed * 31 + static_cast<std::uint64_t>(rank)) {}
 
   void run() {
     Scheduler& scheduler = world_.scheduler;
-    WorkloadHooks hooks{.pause = [&scheduler] { scheduler.yield("pause"); },
-                        .before_request = [this, &scheduler](Rank owner) { report_.asked_dead += scheduler.dead(owner); }};
+    WorkloadHooks hooks{
+        .pause = [&scheduler] { scheduler.yield("pause"); },
+        .before_request = [this, &scheduler](Rank owner) { report_.asked_dead += scheduler.dead(owner); }};
     Workload workload(make_sim_backend(world_, rank_), scenario_.spec, std::move(hooks));
     RuntimeOptions options;
     options.max_rows = scenario_.spec.max_rows;
@@ -139,8 +144,10 @@ Scenario Scenario::random(std::uint64_t seed, Fault fault) {
     s.faults.hangs = victim;
     s.faults.hang_at = when;
     s.faults.resume_after = below(80);
-    if (fault == Fault::kLaneHang) s.faults.hangs_only = ThreadKind::kLane;
-    else if (below(2) == 0) s.faults.hangs_only = ThreadKind::kService;
+    if (fault == Fault::kLaneHang)
+      s.faults.hangs_only = ThreadKind::kLane;
+    else if (below(2) == 0)
+      s.faults.hangs_only = ThreadKind::kService;
   }
   return s;
 }

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "sim_scheduler.hpp"
 #include "sidp/error.hpp"
+#include "sim_scheduler.hpp"
 #include "workload.hpp"
 
 namespace sidp::test {
@@ -25,8 +25,8 @@ struct Scenario {
 };
 
 struct RankReport {
-  bool finished = false;     // all steps, or refused them as it has to after a fetch that outlived its deadline
-  bool lane_failed = false;  // such a fetch
+  bool finished = false;         // all steps, or refused them as it has to after a fetch that outlived its deadline
+  bool lane_failed = false;      // such a fetch
   std::uint64_t asked_dead = 0;  // requests begun when the owner was dead
   RuntimeStats stats{};
 };

@@ -24,9 +24,7 @@ RandomChooser::RandomChooser(std::uint64_t seed) : random_(seed) {
   stay_percent_ = kStay[random_() % 4];
 }
 
-std::size_t RandomChooser::choose(std::size_t count) {
-  return random_() % 100 < stay_percent_ ? 0 : random_() % count;
-}
+std::size_t RandomChooser::choose(std::size_t count) { return random_() % 100 < stay_percent_ ? 0 : random_() % count; }
 
 std::size_t ExhaustiveChooser::choose(std::size_t count) {
   if (position_ == path_.size()) path_.push_back({0, std::min(count, budget_ - spent_ + 1)});
@@ -198,7 +196,9 @@ bool Scheduler::hung(const Thread& thread) const {
 
 std::string Scheduler::describe(const Thread& thread) const {
   return "rank " + std::to_string(thread.rank) + " " + name(thread.kind) + ": " + thread.at +
-         (dead(thread.rank) ? " (dead)" : hung(thread) ? " (hung)" : "");
+         (dead(thread.rank) ? " (dead)"
+          : hung(thread)    ? " (hung)"
+                            : "");
 }
 
 void Scheduler::remember(const Thread& thread) {

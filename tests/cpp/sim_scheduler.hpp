@@ -65,7 +65,7 @@ struct FaultPlan {
   std::optional<Rank> hangs;
   std::optional<ThreadKind> hangs_only{};  // of that rank; empty: all its threads
   std::uint64_t hang_at = 0;
-  std::uint64_t resume_after = 0;  // choices after the first wait that gave up meanwhile
+  std::uint64_t resume_after = 0;      // choices after the first wait that gave up meanwhile
   std::uint32_t delays_per_mille = 0;  // of choices, after which some thread is left out for 1 to 40 choices
   std::uint64_t seed = 0;              // of the delays
 };

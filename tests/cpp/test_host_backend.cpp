@@ -74,7 +74,7 @@ TEST(HostBackend, SegmentsArePrivateAndLoseTheirNames) {
   for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "held");
   EXPECT_EQ(group.names_left().size(), 2u);
   for (const std::string& name : group.names_left()) {
-    struct stat status {};
+    struct stat status{};
     ASSERT_EQ(::stat(("/dev/shm/" + name).c_str(), &status), 0);
     EXPECT_EQ(status.st_mode & 0777u, 0600u) << name;
   }

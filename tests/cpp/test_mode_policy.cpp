@@ -1,6 +1,4 @@
 // Mode policy: a table of every reason, the edges of hysteresis, and no oscillation under noise.
-#include "sidp/mode_policy.hpp"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,6 +7,7 @@
 #include <string>
 
 #include "sidp/error.hpp"
+#include "sidp/mode_policy.hpp"
 
 namespace sidp {
 namespace {
@@ -76,7 +75,10 @@ TEST(ModePolicy, Table) {
          s.peers_available = false;
          return s;
        }(),
-       kShape, {}, was, Reason::kPeerUnavailable},
+       kShape,
+       {},
+       was,
+       Reason::kPeerUnavailable},
   };
   for (const Row& row : rows) {
     const Decision decision = decide(row.snapshot, row.shape, kProfile, row.config);
@@ -125,7 +127,8 @@ TEST(ModePolicy, DoesNotOscillateUnderNoise) {
       Mode mode = start;
       int changes = 0;
       for (int step = 0; step < 2000; ++step) {
-        const Decision d = decide(snapshot(mode, 100 * ratio * noise(random), 100 * noise(random)), kShape, kProfile, {});
+        const Decision d =
+            decide(snapshot(mode, 100 * ratio * noise(random), 100 * noise(random)), kShape, kProfile, {});
         changes += d.mode != mode;
         mode = d.mode;
       }

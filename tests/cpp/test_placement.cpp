@@ -1,6 +1,4 @@
 // Placement: ownership, addresses and ring plans over random pools.
-#include "sidp/placement.hpp"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +8,7 @@
 #include <random>
 
 #include "sidp/error.hpp"
+#include "sidp/placement.hpp"
 
 namespace sidp {
 namespace {

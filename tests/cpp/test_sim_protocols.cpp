@@ -31,9 +31,9 @@ void run_seeds(Fault fault, std::uint64_t count, Check check) {
     RandomChooser chooser(seed);
     const RunReport report = run_scenario(scenario, chooser);
     choices += report.choices;
-    SCOPED_TRACE("replay: SIDP_SIM_SEED=" + std::to_string(seed) + " with --gtest_filter=" +
-                 ::testing::UnitTest::GetInstance()->current_test_info()->test_suite_name() + "." +
-                 ::testing::UnitTest::GetInstance()->current_test_info()->name() + "\n  " + describe(scenario));
+    SCOPED_TRACE("replay: SIDP_SIM_SEED=" + std::to_string(seed) +
+                 " with --gtest_filter=" + ::testing::UnitTest::GetInstance()->current_test_info()->test_suite_name() +
+                 "." + ::testing::UnitTest::GetInstance()->current_test_info()->name() + "\n  " + describe(scenario));
     EXPECT_EQ(report.failure, "");
     if (report.failure.empty()) check(scenario, report);
     if (::testing::Test::HasFailure()) return;

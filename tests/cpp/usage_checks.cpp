@@ -93,6 +93,15 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
   expect(ErrorCode::kClosed, "compute after close", compute(first, 0, 1));
   expect(ErrorCode::kClosed, "end after close", [&] { runtime.end_step(stream, true); });
   (void)runtime.stats();
+  // Its lane and service left flags and ring in mid-order.
+  expect(
+      ErrorCode::kUsage, "a second runtime on one pool",
+      [&] {
+        RuntimeOptions options;
+        options.profile = cas_profile();
+        const Runtime second(workload.pool(), {}, options);
+      },
+      "one runtime");
 }
 
 void check_slow_lane(Runtime& runtime, const Workload& workload, bool break_off) {
@@ -100,11 +109,13 @@ void check_slow_lane(Runtime& runtime, const Workload& workload, bool break_off)
   runtime.begin_step(1);
   const auto start = Clock::now();
   if (break_off) {
-    expect(ErrorCode::kDeadline, "draining a slow lane", [&] { runtime.end_step({}, true); },
-           "layer " + std::to_string(first));
+    expect(
+        ErrorCode::kDeadline, "draining a slow lane", [&] { runtime.end_step({}, true); },
+        "layer " + std::to_string(first));
   } else {
-    expect(ErrorCode::kDeadline, "fetch of a slow lane", [&] { (void)runtime.fetch_layer({}, first); },
-           "layer " + std::to_string(first));
+    expect(
+        ErrorCode::kDeadline, "fetch of a slow lane", [&] { (void)runtime.fetch_layer({}, first); },
+        "layer " + std::to_string(first));
     runtime.end_step({}, true);
   }
   if (Clock::now() - start > Milliseconds(5000)) throw Mismatch("the deadline was much too late");

@@ -35,7 +35,8 @@ void compute(std::uint64_t digest, OpIndex op, const std::byte* x, std::int64_t 
   const auto o = static_cast<std::size_t>(op);
   for (std::int64_t r = 0; r < rows; ++r, x += kInBytes[o], y += kOutBytes[o])
     for (std::size_t i = 0; i < kOutBytes[o]; ++i)
-      y[i] = x[i % kInBytes[o]] ^ static_cast<std::byte>(scramble(digest + o) >> (i % 8 * 8)) ^ static_cast<std::byte>(i);
+      y[i] =
+          x[i % kInBytes[o]] ^ static_cast<std::byte>(scramble(digest + o) >> (i % 8 * 8)) ^ static_cast<std::byte>(i);
 }
 
 std::uint64_t digest_of(std::uint64_t digest, const std::byte* data, ByteCount bytes) {
@@ -179,7 +180,8 @@ void Workload::check_layer(LayerIndex layer, const std::byte* bytes, const char*
   if (std::memcmp(expected.data(), bytes, expected.size()) == 0) return;
   const auto differ = std::mismatch(expected.begin(), expected.end(), bytes);
   throw Mismatch("layer " + std::to_string(layer) + " is wrong at byte " +
-                 std::to_string(differ.first - expected.begin()) + " of " + std::to_string(expected.size()) + ", " + when);
+                 std::to_string(differ.first - expected.begin()) + " of " + std::to_string(expected.size()) + ", " +
+                 when);
 }
 
 }  // namespace sidp::test

@@ -38,8 +38,8 @@ class SharedSegment {
   ByteCount bytes_;
 };
 
-// Memory of this process alone, shown as "/memfd:sidp-<label>" in its memory maps. Throws Error(kCapacity) if the machine has
-// less than `bytes` available.
+// Memory of this process alone, shown as "/memfd:sidp-<label>" in its memory maps. Throws Error(kCapacity) if the
+// machine has less than `bytes` available.
 std::unique_ptr<LocalBuffer> allocate_unnamed(ByteCount bytes, const std::string& label);
 
 }  // namespace sidp::host
