@@ -99,7 +99,7 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
       [&] {
         RuntimeOptions options;
         options.profile = cas_profile();
-        const Runtime second(workload.pool(), {}, options);
+        const Runtime another(workload.pool(), {}, options);
       },
       "one runtime");
 }
