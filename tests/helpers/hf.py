@@ -34,7 +34,7 @@ _SHAPE: dict[str, Any] = {
 
 
 def save_tiny_model(folder: Path, family: str) -> Path:
-    """A model of random weights as a Hugging Face directory: ``llama``, ``llama-bias`` (tied head), ``qwen2``, ``qwen3``."""
+    """Random weights as a Hugging Face directory: ``llama``, ``llama-bias`` (tied head), ``qwen2`` or ``qwen3``."""
     config: Any
     if family == "llama":
         config = transformers.LlamaConfig(**_SHAPE)
