@@ -124,6 +124,7 @@ class Op:
         self,
         *,
         name: str,
+        description: str,
         in_row_bytes: typing.SupportsInt | typing.SupportsIndex,
         out_row_bytes: typing.SupportsInt | typing.SupportsIndex,
         kernels: collections.abc.Sequence[OpKernel | None],

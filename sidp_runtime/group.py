@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -92,7 +93,7 @@ class Group:
         while not self._ask(key, lambda: self._store.check(keys)):
             waited_ms = int((time.monotonic() - start) * 1000)
             if waited_ms > self.deadline_ms:
-                missing = [r for r in range(self.world_size) if not self._store.check([keys[r]])]
+                missing = self._ask(key, lambda: [r for r, k in enumerate(keys) if not self._store.check([k])])
                 raise DeadlineError(
                     f"rank {self.rank} waited {waited_ms} ms for rank(s) {', '.join(map(str, missing))} at "
                     f"{key!r}; they did not start, died, or stopped at an error of their own",
@@ -140,10 +141,25 @@ class Group:
             raise ClosedError("the group is closed", rank=self.rank)
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
-            raise PeerDeadError(
-                f"rank {self.rank} lost the group's store at {what!r}: {error}; its host process has ended",
-                rank=self.rank,
-            ) from error
+        """A call of the store within the deadline: torch's own calls block for ever on a server that was stopped."""
+        answers: list[T] = []
+        errors: list[Exception] = []
+        over = threading.Event()
+
+        def ask() -> None:
+            try:
+                answers.append(call())
+            except Exception as error:
+                errors.append(error)
+            over.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+        answered = over.wait(self.deadline_ms / 1000)
+        if answers:
+            return answers[0]
+        why = errors[0] if errors else f"no answer within {self.deadline_ms} ms"
+        raise PeerDeadError(
+            f"rank {self.rank} lost the group's store at {what!r}: {why}; the process that holds it has ended or hangs",
+            rank=self.rank,
+            waited_ms=None if answered else self.deadline_ms,
+        ) from (errors[0] if errors else None)

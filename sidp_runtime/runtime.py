@@ -114,6 +114,7 @@ class Runtime:
             raise ConfigError(f"op {op.name!r} gives other columns or dtypes in some layers; make it two ops")
         return _C.Op(
             name=op.name,
+            description=" ".join(sorted(map(repr, captured.values()))),
             in_row_bytes=op.in_features * DTYPE_BYTES[op.dtype],
             out_row_bytes=next(iter(captured.values())).out_row_bytes,
             kernels=kernels,

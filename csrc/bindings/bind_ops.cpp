@@ -46,14 +46,14 @@ TorchArgument argument_from(const py::tuple& spec) {
 void bind_ops(py::module_& m) {
   py::class_<OpKernel, std::shared_ptr<OpKernel>>(m, "OpKernel", "An op's computation, run from C++ without the GIL.");
   py::class_<Op>(m, "Op")
-      .def(py::init([](std::string name, ByteCount in_row_bytes, ByteCount out_row_bytes,
+      .def(py::init([](std::string name, std::string description, ByteCount in_row_bytes, ByteCount out_row_bytes,
                        const std::vector<std::optional<std::shared_ptr<OpKernel>>>& kernels) {
-             Op op{std::move(name), in_row_bytes, out_row_bytes, {}};
+             Op op{std::move(name), std::move(description), in_row_bytes, out_row_bytes, {}};
              for (const auto& kernel : kernels) op.kernels.push_back(kernel.value_or(nullptr));
              return op;
            }),
-           py::kw_only(), py::arg("name"), py::arg("in_row_bytes"), py::arg("out_row_bytes"), py::arg("kernels"),
-           "kernels: one for each layer of the pool, None where a layer lacks the op.")
+           py::kw_only(), py::arg("name"), py::arg("description"), py::arg("in_row_bytes"), py::arg("out_row_bytes"),
+           py::arg("kernels"), "kernels: one for each layer of the pool, None where a layer lacks the op.")
       .def_readonly("name", &Op::name);
   m.def("load_torch", &host::load_torch, py::arg("library"), "Looks up torch's functions in the loaded libtorch_cpu.");
   m.def(

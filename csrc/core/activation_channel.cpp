@@ -26,6 +26,7 @@ Mailbox::Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows)
     text += "\nop " + op.name + " in " + std::to_string(op.in_row_bytes) + " out " + std::to_string(op.out_row_bytes) +
             " layers";
     for (std::size_t i = 0; i < num_layers; ++i) text += op.kernels[i] ? " " + std::to_string(i) : "";
+    text += " computes " + op.description;
   }
   check_same_on_all_ranks(backend.bootstrap(), backend.rank(), "ops", text);
   const auto rows = static_cast<ByteCount>(max_rows_);

@@ -37,7 +37,7 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   if (options_.policy.fixed == Mode::kCas && ops.empty() && placement.world_size() > 1)
     throw Error(ErrorCode::kConfig, "mode CaS needs ops: declare what the owner of a layer shall compute");
   decide({.num_tokens = 1}, shape_, options_.profile, options_.policy);  // rejects a bad policy before anything is made
-  pool_->claim();
+  pool_->check_unclaimed();
   // A rank without ops makes no mailbox and would leave the others waiting for it there.
   check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops", std::to_string(ops.size()));
   if (!ops.empty()) {
@@ -45,6 +45,7 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
     requester_ = std::make_unique<Requester>(*pool_, *mailbox_, options_.deadline);
   }
   prefetcher_ = std::make_unique<Prefetcher>(*pool_, options_.deadline, options_.lane);
+  pool_->claim();
   if (mailbox_) service_ = std::make_unique<ComputeService>(*pool_, *mailbox_, options_.service);
 }
 

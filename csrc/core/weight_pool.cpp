@@ -67,10 +67,14 @@ const std::byte* WeightPool::peer_layer(LayerIndex layer) const {
 
 std::byte* WeightPool::ring() const { return ring_ ? ring_->data() : nullptr; }
 
-void WeightPool::claim() {
+void WeightPool::check_unclaimed() const {
   if (claimed_)
     throw Error(ErrorCode::kUsage, "a pool serves one runtime and this one had it; make another pool",
                 {.rank = backend_->rank()});
+}
+
+void WeightPool::claim() {
+  check_unclaimed();
   claimed_ = true;
 }
 

@@ -38,6 +38,7 @@ class FunctionOpKernel final : public OpKernel {
 // order.
 struct Op {
   std::string name;
+  std::string description;  // canonical text of what it computes; compared on all ranks
   ByteCount in_row_bytes = 0;
   ByteCount out_row_bytes = 0;                           // of all outputs together
   std::vector<std::shared_ptr<const OpKernel>> kernels;  // by layer

@@ -34,6 +34,7 @@ class WeightPool {
   void publish();
   [[nodiscard]] bool published() const { return published_; }
   // A pool serves one runtime: its lane and service leave ring and flags in mid-order. Error(kUsage) the second time.
+  void check_unclaimed() const;
   void claim();
 
   // Flags: ring slots first, then request flags by requester, then reply flags by owner.

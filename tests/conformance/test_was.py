@@ -92,7 +92,7 @@ def count_hits(context: RankContext, backend: str) -> None:
     slots = 2
     model = SyntheticModel(num_layers=10)
     with open_replica(
-        context, model, mode="was", ops=(), backend=backend, ring_slots=slots, test_lane_delay_us=30_000
+        context, model, mode="was", ops=(), backend=backend, ring_slots=slots, test_lane_delay_us=100_000
     ) as replica:
         streamed = replica.streamed
         replica.settled_stats(slots)  # the head of the first step streams at once
@@ -101,16 +101,17 @@ def count_hits(context: RankContext, backend: str) -> None:
                 replica.runtime.fetch_layer(layer)
                 replica.runtime.release_layer(layer)
         stats = replica.settled_stats(len(streamed) + slots)
-        assert stats["ring_hits"] == slots
-        assert stats["fetch_wait_ns"] > (len(streamed) - slots) * 20e6
+        hits = stats["ring_hits"]
+        assert slots <= hits < len(streamed), "the lane is far slower than the step"
+        assert stats["fetch_wait_ns"] > 50e6
         with replica.runtime.step(num_tokens=1):
-            for layer in streamed:
-                time.sleep(0.04)
+            for index, layer in enumerate(streamed):
+                replica.settled_stats(len(streamed) + slots + index)
                 replica.runtime.fetch_layer(layer)
                 replica.runtime.release_layer(layer)
         stats = replica.settled_stats(2 * len(streamed) + slots)
-        assert stats["ring_hits"] == slots + len(streamed)
-        assert stats["copy_ns"] > stats["copies"] * 29e6
+        assert stats["ring_hits"] == hits + len(streamed), "every layer was there before it was asked for"
+        assert stats["copy_ns"] > stats["copies"] * 99e6
 
 
 def test_ring_hits_and_waits_are_counted(backend: str) -> None:
@@ -118,18 +119,17 @@ def test_ring_hits_and_waits_are_counted(backend: str) -> None:
 
 
 def hold_a_layer(context: RankContext, backend: str) -> None:
-    """Every layer another constant, so that a byte of another layer shows at once."""
+    """While a layer is held, the lane fills the other slot and then waits, however slow the consumer."""
     with open_replica(context, SyntheticModel(num_layers=6), mode="was", ops=(), backend=backend) as replica:
-        runtime, streamed = replica.runtime, replica.streamed
-        for _ in range(3):
+        runtime, streamed, slots = replica.runtime, replica.streamed, len(replica.head())
+        assert slots == 2
+        for step in range(3):
             with runtime.step(num_tokens=1):
-                for layer in streamed:
+                for index, layer in enumerate(streamed):
                     tensors = replica.fetch(layer)
-                    time.sleep(0.02)  # a slow consumer: the lane has long finished the other slot
+                    released = step * len(streamed) + index
+                    replica.settled_stats(released + slots)
                     replica.assert_layer(layer, tensors)
-                    before = runtime.stats()["copies"]
-                    time.sleep(0.005)
-                    assert runtime.stats()["copies"] == before, "the lane went on while its slot was held"
                     runtime.release_layer(layer)
 
 

@@ -18,7 +18,7 @@ MODEL = SyntheticModel(num_layers=6, uneven=False)
 
 def run_until_struck(context: RankContext, mode: str) -> dict[str, Any]:
     """Steps until the test has struck another rank, then some more; every one of them checked."""
-    with open_replica(context, MODEL, mode=mode, ops=("mlp",), meet_at_end=False) as replica:
+    with open_replica(context, MODEL, mode=mode, meet_at_end=False) as replica:
         context.meet("ready")
         if context.rank == 0:
             context.mark("started")
@@ -64,7 +64,7 @@ def test_survivors_of_a_kill_finish_with_right_results(seed: int, mode: str) -> 
 
 
 def run_beside_a_stopped_owner(context: RankContext, mode: str) -> dict[str, Any]:
-    with open_replica(context, MODEL, mode=mode, ops=("mlp",), meet_at_end=False, runtime_deadline_ms=300) as replica:
+    with open_replica(context, MODEL, mode=mode, meet_at_end=False, runtime_deadline_ms=500) as replica:
         replica.step()
         context.meet("ready")
         if context.rank == 0:
@@ -106,11 +106,11 @@ def test_a_stopped_owner_costs_one_deadline_and_is_not_asked_again(mode: str) ->
     for outcome in outcomes[1:]:
         first, *later = outcome.value["times"]
         if mode == "cas":
-            assert 0.3 <= first < 2
-            assert max(later) < 0.25
+            assert 0.5 <= first < 5
+            assert max(later) < 0.9
             assert outcome.value["fallbacks"] == 4 * owned
         else:
-            assert max(first, *later) < 0.25
+            assert max(first, *later) < 0.9
             assert outcome.value["fallbacks"] == 0
 
 
@@ -137,11 +137,11 @@ def test_an_owner_that_dies_with_a_request_in_work() -> None:
     value = outcomes[1].value
     assert value["requests_by_peer"] == [0, 0]
     assert value["fallbacks"] == MODEL.num_layers // 2
-    assert value["seconds"] < 2
+    assert value["seconds"] < 5
 
 
 def all_but_one_die(context: RankContext, mode: str) -> dict[str, Any]:
-    with open_replica(context, MODEL, mode=mode, ops=("mlp",), meet_at_end=False) as replica:
+    with open_replica(context, MODEL, mode=mode, meet_at_end=False) as replica:
         replica.step()
         context.meet("ready")
         if context.rank == 0:

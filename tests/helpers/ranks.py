@@ -40,7 +40,10 @@ class Replica:
         return self.pool.placement.streamed_layers(self.group.rank)
 
     def fetch(self, layer: int) -> dict[str, torch.Tensor]:
-        return self.model.short(layer, self.runtime.fetch_layer(layer))
+        """The layer by short name, in place: a fetch copies nothing beyond what the lane did."""
+        tensors = self.runtime.fetch_layer(layer)
+        assert tensors is self.runtime.views(layer)
+        return self.model.short(layer, tensors)
 
     def assert_layer(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         for short, expected in self.reference[layer].items():
@@ -68,7 +71,7 @@ class Replica:
                     between(layer)
         return mode.name.lower()
 
-    def settled_stats(self, copies: int, timeout_s: float = 5) -> dict[str, Any]:
+    def settled_stats(self, copies: int, timeout_s: float = 20) -> dict[str, Any]:
         """Counters once the lane has made that many copies and then stayed quiet."""
         end = time.monotonic() + timeout_s
         while self.runtime.stats()["copies"] < copies and time.monotonic() < end:

@@ -188,23 +188,23 @@ class Killer:
         self._thread.join()
 
 
+@pytest.mark.timeout(600)
 def test_killed_at_twenty_random_moments(
     alone: dict[str, list[int]], model: Path, prompts: Path, tmp_path: Path
 ) -> None:
     """During start-up, work and close-down: no prompt is lost or answered twice, nothing hangs or is left behind."""
     choose = random.Random(20)
-    begin = time.monotonic()
-    run(config(model, prompts, tmp_path / "whole.jsonl", mode="was"))
-    whole_s = time.monotonic() - begin
+    whole = run(config(model, prompts, tmp_path / "whole.jsonl", mode="was"))
+    whole_s = whole.start_s + whole.work_s
     fates = {"restarted": 0, "went on": 0, "too late": 0}
-    for attempt in range(40):
+    for attempt in range(50):
         killer = Killer(choose.uniform(0, whole_s), choose.randrange(3))
         out, replicas = tmp_path / f"{attempt}.jsonl", choose.choice((2, 3))
         begin = time.monotonic()
         report = run(config(model, prompts, out, replicas, mode=choose.choice(("was", "cas"))), killer.on_event)
         killer.join()
         assert answers(out) == alone, f"attempt {attempt}"
-        assert time.monotonic() - begin < 3 * whole_s + 15, f"attempt {attempt} took long"
+        assert time.monotonic() - begin < 3 * whole_s + 20, f"attempt {attempt} took long"
         assert not left_in_shared_memory(), f"attempt {attempt} left shared memory"
         if killer.killed is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sidp_runtime.integrations.generation import generate_batch
 from sidp_runtime.loading import Checkpoint, tokenizer_dir
 
 BATCH_SIZE = 4
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 MODES = ("was", "cas", "auto")
 PAGE = 4096
 
@@ -47,11 +48,11 @@ def expected(batches: list[Tokens]) -> list[Tokens]:
     return tokens
 
 
-def replica(context: RankContext, batches: list[Tokens]) -> dict[str, Any]:
+def replica(context: RankContext, batches: list[Tokens], modes: Sequence[str]) -> dict[str, Any]:
     checkpoint, store = Checkpoint.open(real_model()), context.store()
     max_rows = max(len(batch) * max(map(len, batch)) for batch in batches)
     seen: dict[str, Any] = {}
-    for mode in MODES:
+    for mode in modes:
         with pooled_model(context, checkpoint, mode, mode=mode, max_rows=max_rows) as pooled:
             tokens = {}
             while (number := store.add(f"next-{mode}", 1) - 1) < len(batches):  # who is free takes the next
@@ -68,8 +69,10 @@ def replica(context: RankContext, batches: list[Tokens]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_tokens_are_those_of_the_unpooled_model(batches: list[Tokens], expected: list[Tokens], world_size: int) -> None:
-    ranks = run_ranks(replica, world_size, batches=batches, timeout_s=290)
-    for mode in MODES:
+    # A group of one streams nothing and asks nobody, whatever the mode: one of them will do.
+    modes = MODES if world_size > 1 else MODES[:1]
+    ranks = run_ranks(replica, world_size, batches=batches, modes=modes, timeout_s=290)
+    for mode in modes:
         seen = [rank[mode] for rank in ranks]
         tokens = {int(number): batch for rank in seen for number, batch in rank["tokens"].items()}
         assert [tokens[number] for number in range(len(batches))] == expected, mode

@@ -16,7 +16,7 @@ from helpers.ranks import open_replica
 
 def busy_beside_idle(context: RankContext, mode: str, peer: str) -> dict[str, Any]:
     """Rank 0 makes 50 steps; the others do something else until it says that it is done."""
-    with open_replica(context, mode=mode, ops=("mlp",), meet_at_end=False) as replica:
+    with open_replica(context, mode=mode, meet_at_end=False, deadline_ms=60_000) as replica:
         if context.rank == 0:
             if peer != "idles":
                 for other in range(1, context.world_size):
@@ -29,8 +29,9 @@ def busy_beside_idle(context: RankContext, mode: str, peer: str) -> dict[str, An
             return {"seconds": seconds, "fallbacks": replica.runtime.stats()["fallbacks"]}
         if peer == "finishes":
             replica.step()
-        if peer == "closes":
+        if peer.startswith("closes"):
             replica.runtime.close()
+        if peer == "closes":
             replica.pool.close()
             replica.group.close()
         context.mark(f"ready-{context.rank}")
@@ -38,15 +39,15 @@ def busy_beside_idle(context: RankContext, mode: str, peer: str) -> dict[str, An
         return {"served": replica.runtime.stats()["served_by_peer"][0]}
 
 
-@pytest.mark.parametrize("peer", ["idles", "finishes", "closes"])
+@pytest.mark.parametrize("peer", ["idles", "finishes", "closes its runtime", "closes"])
 @pytest.mark.parametrize("mode", ["was", "cas"])
 def test_a_busy_rank_waits_for_nobody(mode: str, peer: str) -> None:
     busy, *others = run_ranks(busy_beside_idle, 3, mode=mode, peer=peer)
-    assert busy["seconds"] < 10
+    assert busy["seconds"] < 40  # below the deadline of a minute: what has left is not waited for
     streamed = 3  # of 5 layers
     if mode == "was":
         assert busy["fallbacks"] == 0
-    elif peer == "closes":
+    elif peer.startswith("closes"):
         assert busy["fallbacks"] == 50 * streamed
     else:
         assert busy["fallbacks"] == 0
@@ -91,9 +92,9 @@ def serve_without_the_gil(context: RankContext, how: str) -> dict[str, float]:
         context.mark("holding")
         begun = time.monotonic()
         if how == "c":
-            ctypes.PyDLL(None).usleep(1_500_000)
+            ctypes.PyDLL(None).usleep(2_000_000)
         else:
-            while time.monotonic() - begun < 1.5:
+            while time.monotonic() - begun < 2.0:
                 pass
         ended = time.monotonic()
         sys.setswitchinterval(0.005)
@@ -184,14 +185,16 @@ def test_a_runtime_has_two_threads_and_close_ends_them() -> None:
     assert run_ranks(threads_of, 2) == [[["sidp-lane", "sidp-service"], []]] * 2
 
 
-def threads_of_torch(context: RankContext, rows: int) -> bool:
-    """With two threads torch splits sums another way; owner and requester still agree."""
-    torch.set_num_threads(2)
-    model = SyntheticModel(num_layers=2, hidden=256, inner=256)
-    with open_replica(context, model, mode="cas", max_rows=rows) as replica:
-        replica.step(rows=rows)
-        return bool(replica.runtime.stats()["fallbacks"] == 0)
+def threads_of_torch(context: RankContext, threads: int) -> int:
+    """Torch splits some sums by its thread count, so owner and requester must run with the same."""
+    torch.set_num_threads(threads)
+    model = SyntheticModel(num_layers=2, hidden=256, inner=512, uneven=False)
+    with open_replica(context, model, mode="cas") as replica:
+        for rows in range(1, 13):
+            replica.step(rows=rows, seed=rows)
+        return int(replica.runtime.stats()["fallbacks"])
 
 
-def test_results_are_equal_with_more_than_one_torch_thread() -> None:
-    assert run_ranks(threads_of_torch, 2, rows=64) == [True, True]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_owner_and_requester_use_as_many_torch_threads(threads: int) -> None:
+    assert run_ranks(threads_of_torch, 2, threads=threads) == [0, 0]

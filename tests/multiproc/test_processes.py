@@ -49,7 +49,7 @@ def test_a_hung_rank_is_killed_and_reported_with_its_output_and_stack() -> None:
         outcomes = ranks.join()
         with pytest.raises(RankFailureError, match=r"(?s)rank 1: did not finish in time.*rank 1 sleeps.*in hang"):
             ranks.check(outcomes)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 15
     assert [outcome.overdue for outcome in outcomes] == [False, True]
     assert not any(alive(pid) for pid in pids)
 
@@ -62,7 +62,7 @@ def test_a_dead_rank_is_reported_and_the_others_are_not_waited_for(how: str, wor
     start = time.monotonic()
     with pytest.raises(RankFailureError, match=rf"process 1, rank 1: .*{words}"):
         run_ranks(die, 2, how=how, timeout_s=30)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
 
 
 def test_a_name_left_in_shared_memory_is_a_failure_and_is_removed() -> None:

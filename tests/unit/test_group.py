@@ -107,7 +107,7 @@ def test_missing_ranks_are_named_within_the_deadline() -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineError, match=r"rank 1 waited \d+ ms for rank\(s\) 0, 2 at 'token'") as caught:
         sidp.Group(1, 4, store, deadline_ms=60)
-    assert 0.06 <= time.monotonic() - start < 1
+    assert 0.06 <= time.monotonic() - start < 3
     error = caught.value
     assert (error.rank, error.peer, error.expected, error.seen) == (1, 0, 4, 2)
     assert isinstance(error, TimeoutError)

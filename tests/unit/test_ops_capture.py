@@ -89,8 +89,11 @@ CLOSURE = torch.ones(HIDDEN)
 SCALAR = torch.tensor(2.0)
 
 REFUSED: dict[str, tuple[Callable[[Weights, torch.Tensor], Any], str]] = {
-    "row count": (lambda w, x: x + float(x.shape[0]), "op 'op'"),
-    "row count in a shape": (lambda w, x: functional.silu(x).view(x.shape[0] * HIDDEN // HIDDEN, HIDDEN), "op 'op'"),
+    "row count": (lambda w, x: x + float(x.shape[0]), "depends on the number of rows"),
+    "row count in a shape": (
+        lambda w, x: functional.silu(x).view(x.shape[0] * HIDDEN // HIDDEN, HIDDEN),
+        "depends on the number of rows",
+    ),
     "closure": (lambda w, x: x * CLOSURE, "op 'op'"),
     "scalar closure": (lambda w, x: x * SCALAR, "op 'op'"),
     "number argument": (lambda w, x: x + w["norm"], "alpha=1 of type number"),  # torch's C interface has no Scalar
