@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,11 +113,14 @@ def capture(op: Op, specs: Mapping[str, TensorSpec]) -> OpProgram:
     graphs = []
     for rows in (3, 5):  # a function that looks at the number of rows gives two graphs
         x = torch.empty(rows, op.in_features, dtype=dtype_of(op.dtype), device="meta")
-        if op.dtype.startswith("float") or op.dtype == "bfloat16":
+        try:
             with torch.no_grad():
                 graphs.append(make_fx(op.function, pre_dispatch=True)(weights, x))
-        else:
-            graphs.append(make_fx(op.function, pre_dispatch=True)(weights, x))
+        except Exception as error:  # whatever the function or the tracer says of it
+            raise UnsupportedError(
+                f"op {op.name!r} cannot be captured: {type(error).__name__}: {error}; it may use its weights and x "
+                "alone and may not branch on their values"
+            ) from error
     if graphs[0].code != graphs[1].code:
         raise UnsupportedError(f"op {op.name!r} depends on the number of rows; ops must be token-wise")
     return _program(op, list(specs), graphs[0].graph)
@@ -240,12 +244,13 @@ def reply_rows(program: OpProgram, rows: int) -> tuple[torch.Tensor, list[torch.
 # A compiled graph keeps operators in the order of their data. Fetching claims to change the layer's input and
 # releasing to change its output, so that the products in between stay in between.
 
+_handles = itertools.count()  # never given twice: a compiled graph keeps its own
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
 
 
 def register_runtime(runtime: Runtime) -> int:
     """A number by which the operators find the runtime; it does not keep it alive."""
-    handle = max(_runtimes, default=-1) + 1
+    handle = next(_handles)
     _runtimes[handle] = runtime
     return handle
 

@@ -131,6 +131,8 @@ def _print_answers(out: Path, count: int, console: Console) -> None:
     import json
     from itertools import islice
 
+    if not count:
+        return
     with out.open(encoding="utf-8") as lines:
         for line in islice(lines, count):
             answer = json.loads(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -116,12 +117,18 @@ class Group:
         self._check_open()
         pool = self._num_pools
         self._num_pools += 1
+        calls: Counter[str] = Counter()
+
+        def all_gather(key: str, payload: bytes) -> list[bytes]:
+            calls[key] += 1  # a call that failed is made again under a key of its own
+            return self.all_gather(f"pool{pool}/{key}/{calls[key]}", payload)
+
         return _C.make_backend(
             self.backend,
             self.rank,
             self.world_size,
             self.token,
-            lambda key, payload: self.all_gather(f"pool{pool}/{key}", payload),
+            all_gather,
         )
 
     def close(self) -> None:

@@ -68,6 +68,8 @@ class TensorSpec:
             raise ConfigError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
         if any(extent <= 0 for extent in self.shape):
             raise ConfigError(f"tensor {self.name!r}: shape {self.shape} has an extent below 1")
+        if any(stride < 0 for stride in strides):
+            raise ConfigError(f"tensor {self.name!r}: strides {strides} are not dense: none may be negative")
         dense = sorted(zip(strides, self.shape, strict=False), key=lambda pair: pair[0])
         step = 1
         for stride, extent in dense:

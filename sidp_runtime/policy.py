@@ -97,12 +97,17 @@ class ModePolicy:
         try:
             stored = json.loads(path.read_text())
             if stored.pop("key") == _machine_key():
-                return cls(MachineProfile(**stored), fixed, hysteresis)
+                profile = MachineProfile(**stored)
+                if all(0 < rate < float("inf") for rate in asdict(profile).values()):
+                    return cls(profile, fixed, hysteresis)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # none yet, of another version, or damaged: measure
         profile = MachineProfile.measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps({"key": _machine_key(), **asdict(profile)}, indent=1))
-        scratch.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps({"key": _machine_key(), **asdict(profile)}, indent=1))
+            scratch.replace(path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error}; set SIDP_CACHE_DIR to a folder that can be") from error
         return cls(profile, fixed, hysteresis)

@@ -96,8 +96,8 @@ void Requester::compute(Stream stream, LayerIndex layer, OpIndex op, const std::
     const ByteCount slot = mailbox_.request_offset(rank);
     backend.put(stream, mailbox_.buffer(), owner, slot, &header, sizeof header);
     backend.put(stream, mailbox_.buffer(), owner, slot + kAlignment, x, in_bytes);
-    backend.signal(stream, {owner, pool_.request_flag(rank)}, kFull);
     const auto start = Clock::now();
+    backend.signal(stream, {owner, pool_.request_flag(rank)}, kFull);
     const WaitResult result =
         backend.wait(stream, pool_.reply_flag(owner), kFull, {.deadline = deadline_, .peer = owner});
     stats_.wait_ns += static_cast<std::uint64_t>(std::chrono::nanoseconds(Clock::now() - start).count());

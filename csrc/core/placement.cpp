@@ -28,6 +28,15 @@ Placement Placement::by_layer(std::span<const ByteCount> layer_bytes, const Plac
                   {.layer = layer});
     resident[static_cast<std::size_t>(layer)] = true;
   }
+  // Sums stay far below where they would wrap around, rings of many slots included.
+  constexpr ByteCount kMostBytes = ByteCount{1} << 60;
+  ByteCount total = 0;
+  for (std::size_t i = 0; i < layer_bytes.size(); ++i) {
+    if (layer_bytes[i] > kMostBytes || (total += align_up(layer_bytes[i])) > kMostBytes)
+      throw Error(ErrorCode::kConfig,
+                  "layers 0 to " + std::to_string(i) + " exceed " + std::to_string(kMostBytes) + " bytes",
+                  {.layer = static_cast<std::int64_t>(i)});
+  }
   Placement placement;
   placement.world_size_ = options.world_size;
   placement.ring_slots_ = options.ring_slots;

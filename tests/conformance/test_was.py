@@ -90,7 +90,7 @@ def test_resident_layers_do_not_move(backend: str, world_size: int, resident: li
 
 def count_hits(context: RankContext, backend: str) -> None:
     slots = 2
-    model = SyntheticModel(num_layers=10)
+    model = SyntheticModel(num_layers=8)  # four streamed, a multiple of the slots: the lane is two ahead
     with open_replica(
         context, model, mode="was", ops=(), backend=backend, ring_slots=slots, test_lane_delay_us=100_000
     ) as replica:
@@ -120,7 +120,7 @@ def test_ring_hits_and_waits_are_counted(backend: str) -> None:
 
 def hold_a_layer(context: RankContext, backend: str) -> None:
     """While a layer is held, the lane fills the other slot and then waits, however slow the consumer."""
-    with open_replica(context, SyntheticModel(num_layers=6), mode="was", ops=(), backend=backend) as replica:
+    with open_replica(context, SyntheticModel(num_layers=8), mode="was", ops=(), backend=backend) as replica:
         runtime, streamed, slots = replica.runtime, replica.streamed, len(replica.head())
         assert slots == 2
         for step in range(3):

@@ -56,7 +56,7 @@ def test_a_busy_rank_waits_for_nobody(mode: str, peer: str) -> None:
 
 def unequal(context: RankContext) -> list[str]:
     modes = ("was", "cas", "auto")
-    with open_replica(context, mode=modes[context.rank], ops=("mlp",)) as replica:
+    with open_replica(context, mode=modes[context.rank]) as replica:
         return [replica.step(rows=1 + seed % 5, seed=seed) for seed in range(5 + 20 * context.rank)]
 
 
