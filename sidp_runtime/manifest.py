@@ -69,7 +69,7 @@ class TensorSpec:
         if any(extent <= 0 for extent in self.shape):
             raise ConfigError(f"tensor {self.name!r}: shape {self.shape} has an extent below 1")
         if any(stride < 0 for stride in strides):
-            raise ConfigError(f"tensor {self.name!r}: strides {strides} are not dense: none may be negative")
+            raise ConfigError(f"tensor {self.name!r}: strides {strides} are not dense: they must not be negative")
         dense = sorted(zip(strides, self.shape, strict=False), key=lambda pair: pair[0])
         step = 1
         for stride, extent in dense:
