@@ -96,7 +96,7 @@ Workload::Workload(std::shared_ptr<Backend> backend, const WorkloadSpec& spec, W
 std::vector<Op> Workload::ops() const {
   std::vector<Op> ops;
   for (std::size_t o = 0; o < std::size(kNames); ++o) {
-    Op op{kNames[o], kInBytes[o], kOutBytes[o], {}};
+    Op op{kNames[o], kNames[o], kInBytes[o], kOutBytes[o], {}};
     for (std::size_t i = 0; i < spec_.layer_bytes.size(); ++i)
       op.kernels.push_back(o == 1 && i % 2 == 1 ? nullptr
                                                 : std::make_shared<WorkloadKernel>(static_cast<OpIndex>(o),
