@@ -76,7 +76,7 @@ def test_default_strides_are_row_major(shape: tuple[int, ...]) -> None:
         (("a", (3, 4), "uint8", (8, 1)), "not dense"),
         (("a", (3, 4), "uint8", (1, 1)), "not dense"),
         (("a", (3, 4), "uint8", (0, 1)), "not dense"),
-        (("a", (3, 4), "uint8", (-4, 1)), "must not be negative"),
+        (("a", (3, 4), "uint8", (-4, 1)), "not dense"),
         (("a", (3, 4), "uint8", (4, 1, 12)), "3 strides for 2 dimensions"),
         (("a", (3,), "uint8", (1, 3)), "2 strides for 1 dimensions"),
     ],
