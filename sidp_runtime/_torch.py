@@ -52,11 +52,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def set_num_threads(num_threads: int) -> None:
-    """Threads of a matrix product, in this process."""
-    torch.set_num_threads(num_threads)
-
-
 def tensor_views(view: _C.ByteView, layer: LayerSpec) -> dict[str, torch.Tensor]:
     """Tensors of a layer inside its bytes, by name. They keep the memory alive."""
     flat = from_dlpack(view)
