@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sidp_runtime.errors import CheckpointError, ConfigError, PeerDeadError, UnsupportedError
@@ -148,6 +152,69 @@ def test_a_killed_replica_changes_nothing(
     assert answers(out) == alone
     assert report.ranks[victim].fate.startswith("killed by SIGKILL")
     assert len(report.warnings) == 1
+
+
+def left_in_shared_memory() -> list[str]:
+    """Names that stay; those of other groups on this machine go within moments."""
+    end = time.monotonic() + 5
+    left = {path.name for path in Path("/dev/shm").glob("sidp-*")}
+    while left and time.monotonic() < end:
+        time.sleep(0.05)
+        left &= {path.name for path in Path("/dev/shm").glob("sidp-*")}
+    return sorted(left)
+
+
+class Killer:
+    """Kills one replica of a job at a moment after its start, whatever it is doing then."""
+
+    def __init__(self, moment_s: float, victim: int) -> None:
+        self.killed: int | None = None
+        self._moment_s = moment_s
+        self._victim = victim
+        self._thread = threading.Thread(target=self._kill)
+
+    def on_event(self, name: str, *values: Any) -> None:
+        if name == "starting" and self._thread.ident is None:
+            self._thread.start()
+
+    def _kill(self) -> None:
+        time.sleep(self._moment_s)
+        pids = sorted(child.pid for child in psutil.Process(forkserver._forkserver._forkserver_pid).children())
+        if pids:
+            os.kill(pids[self._victim % len(pids)], signal.SIGKILL)
+            self.killed = pids[self._victim % len(pids)]
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_twenty_random_moments(
+    alone: dict[str, list[int]], model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """During start-up, work and close-down: no prompt is lost or answered twice, nothing hangs or is left behind."""
+    choose = random.Random(20)
+    whole = run(config(model, prompts, tmp_path / "whole.jsonl", mode="was"))
+    whole_s = whole.start_s + whole.work_s
+    fates = {"restarted": 0, "went on": 0, "too late": 0}
+    for attempt in range(50):
+        killer = Killer(choose.uniform(0, whole_s), choose.randrange(3))
+        out, replicas = tmp_path / f"{attempt}.jsonl", choose.choice((2, 3))
+        begin = time.monotonic()
+        report = run(config(model, prompts, out, replicas, mode=choose.choice(("was", "cas"))), killer.on_event)
+        killer.join()
+        assert answers(out) == alone, f"attempt {attempt}"
+        assert time.monotonic() - begin < 3 * whole_s + 20, f"attempt {attempt} took long"
+        assert not left_in_shared_memory(), f"attempt {attempt} left shared memory"
+        if killer.killed is None:
+            continue
+        assert not psutil.pid_exists(killer.killed)
+        died = any(rank.fate for rank in report.ranks)
+        fates["restarted" if report.restarts else "went on" if died else "too late"] += 1
+        if fates["restarted"] + fates["went on"] == 20:
+            break
+    assert fates["restarted"] + fates["went on"] == 20, fates
+    assert min(fates["restarted"], fates["went on"]) > 0, f"the moments were not spread: {fates}"
 
 
 def test_all_killed_then_resumed_with_other_replicas_and_mode(
