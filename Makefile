@@ -84,6 +84,7 @@ NO_ASLR = $$(setarch -R true 2>/dev/null && echo setarch -R)
 # $(call ctest,<build folder>,<sanitizers>,<wrapper>)
 ctest = echo "== C++ tests in $(1) $(2)"; mkdir -p build; log=build/$(notdir $(1)).log; \
   cmake -S . -B $(1) -G Ninja -DSIDP_BUILD_BINDINGS=OFF -DSIDP_BUILD_TESTS=ON "-DSIDP_SANITIZE=$(2)" \
+    -DSIDP_WITH_CUDA=$(if $(2),OFF,AUTO) \
     -DPython_EXECUTABLE=$(abspath $(BIN))/python >$$log 2>&1 || { cat $$log; exit 1; }; \
   cmake --build $(1) --target sidp_cpp_tests >>$$log 2>&1 || { tail -n 60 $$log; exit 1; }; \
   $(3) ctest --test-dir $(1) --output-on-failure --no-tests=error -j 2 --timeout 240

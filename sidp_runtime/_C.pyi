@@ -21,15 +21,21 @@ __all__: list[str] = [
     "Placement",
     "RingEntry",
     "Runtime",
+    "StepKind",
     "StepShape",
     "WeightPool",
+    "add_graph",
     "backend_names",
     "cuda_report",
     "decide",
+    "graph_op",
     "load_torch",
     "make_backend",
     "measure_round_trip_us",
+    "peer_layer",
     "predict_step_ms",
+    "put_answer",
+    "request_slot",
     "torch_kernel",
     "unlink_segments",
 ]
@@ -223,7 +229,7 @@ class ByteView:
         copy: typing.Any = None,
     ) -> typing_extensions.CapsuleType:
         """
-        DLPack's protocol; host memory only.
+        DLPack's protocol. On a GPU no stream is waited for: the memory is not a stream's.
         """
     def __dlpack_device__(self) -> tuple[int, int]: ...
     @property
@@ -231,6 +237,10 @@ class ByteView:
 
 class WeightPool:
     def __init__(self, backend: Backend, placement: Placement, manifest: str) -> None: ...
+    def close_backend(self) -> bool:
+        """
+        Collective: frees what all ranks allocated together. False if a rank did not come; the memory then stays.
+        """
     def is_local(self, layer: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def local_layer(self, layer: typing.SupportsInt | typing.SupportsIndex) -> ByteView:
         """
@@ -246,6 +256,44 @@ class WeightPool:
     @property
     def published(self) -> bool: ...
 
+class StepKind:
+    """
+    How the calls of a step reach the device.
+
+    Members:
+
+      RUN
+
+      CAPTURE
+
+      REPLAY
+    """
+
+    CAPTURE: typing.ClassVar[StepKind]
+    REPLAY: typing.ClassVar[StepKind]
+    RUN: typing.ClassVar[StepKind]
+    __members__: typing.ClassVar[dict[str, StepKind]]
+    @typing.overload
+    def __eq__(self, other: StepKind) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: StepKind) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
 class Runtime:
     def __init__(
         self,
@@ -259,28 +307,58 @@ class Runtime:
         profile: MachineProfile,
         fixed: Mode | None,
         hysteresis: typing.SupportsFloat | typing.SupportsIndex,
+        row_buckets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
+        deferred_start: bool = False,
         test_lane_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
         test_service_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
-    def begin_step(self, num_tokens: typing.SupportsInt | typing.SupportsIndex) -> Decision: ...
+    def begin_step(
+        self, num_tokens: typing.SupportsInt | typing.SupportsIndex, kind: StepKind = ..., mode: Mode | None = None
+    ) -> Decision: ...
+    def bucket(
+        self, layer: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex
+    ) -> int:
+        """
+        Rows of the result that a request of so many rows needs room for.
+        """
     def close(self) -> None: ...
-    def end_step(self, broken_off: bool) -> None: ...
-    def fetch_layer(self, layer: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def end_step(self, broken_off: bool, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
+    def fetch_layer(
+        self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None:
         """
-        Waits for the layer; its bytes are at the address that the placement gives.
+        Waits for the layer, or makes the stream wait; its bytes are at the address that the placement gives.
         """
-    def release_layer(self, layer: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def release_layer(
+        self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None: ...
     def remote_compute(
         self,
         layer: typing.SupportsInt | typing.SupportsIndex,
         op: typing.SupportsInt | typing.SupportsIndex,
         x: typing.Any,
         y: typing.Any,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None:
         """
-        y = op(layer, x); x and y are row-major host tensors that support DLPack.
+        y = op(layer, x); x and y are row-major tensors on the pool's device that support DLPack.
+        """
+    def start(self) -> None:
+        """
+        Collective after deferred_start: begins to answer the other ranks.
         """
     def stats(self) -> dict[str, typing.Any]: ...
+
+def add_graph(
+    op: OpKernel,
+    owner: typing.SupportsInt | typing.SupportsIndex,
+    requester: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    graph: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    graph: a cudaGraph_t that computes `rows` rows from request_slot() and ends in put_answer().
+    """
 
 def backend_names() -> list[str]:
     """
@@ -315,6 +393,11 @@ def decide(
     The pure mode policy.
     """
 
+def graph_op(backend: Backend) -> OpKernel:
+    """
+    An op that runs as captured CUDA graphs; add_graph() fills it.
+    """
+
 def load_torch(library: str) -> None:
     """
     Looks up torch's functions in the loaded libtorch_cpu.
@@ -326,10 +409,18 @@ def make_backend(
     world_size: typing.SupportsInt | typing.SupportsIndex,
     token: str,
     all_gather: collections.abc.Callable[[str, bytes], list[bytes]],
+    device: typing.SupportsInt | typing.SupportsIndex = -1,
+    deadline_ms: typing.SupportsInt | typing.SupportsIndex = 30000,
+    test_without_mappings: bool = False,
 ) -> Backend: ...
 def measure_round_trip_us(rounds: typing.SupportsInt | typing.SupportsIndex) -> float:
     """
     Median microseconds of a round trip between two threads through the host backend's flags.
+    """
+
+def peer_layer(pool: WeightPool, layer: typing.SupportsInt | typing.SupportsIndex) -> ByteView:
+    """
+    A streamed layer at its owner as mapped here; read-only.
     """
 
 def predict_step_ms(
@@ -337,6 +428,29 @@ def predict_step_ms(
 ) -> float:
     """
     Predicted milliseconds of a step, pooled weights only (see include/sidp/mode_policy.hpp).
+    """
+
+def put_answer(
+    runtime: Runtime,
+    owner: typing.SupportsInt | typing.SupportsIndex,
+    requester: typing.SupportsInt | typing.SupportsIndex,
+    sources: collections.abc.Sequence[
+        tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+    ],
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Enqueues the answer: sources are (address, bytes), one after the other into the slot.
+    """
+
+def request_slot(
+    runtime: Runtime,
+    owner: typing.SupportsInt | typing.SupportsIndex,
+    requester: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+) -> ByteView:
+    """
+    The slot that a requester's rows come to at an owner, as mapped here.
     """
 
 def torch_kernel(

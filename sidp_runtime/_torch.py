@@ -68,6 +68,12 @@ def writable_bytes(view: _C.ByteView) -> memoryview:
     return from_dlpack(view).numpy().data
 
 
+def copy_bytes(view: _C.ByteView, source: memoryview) -> None:
+    """Writes host bytes to the start of a view on any device."""
+    target = from_dlpack(view)
+    target[: source.nbytes].copy_(torch.frombuffer(source, dtype=torch.uint8))
+
+
 # --- Stores ---------------------------------------------------------------------------------------------------------
 
 
@@ -213,23 +219,26 @@ def make_kernel(op: Op, program: OpProgram, layer: LayerSpec, specs: Mapping[str
     )
 
 
-def request_rows(op: Op, x: torch.Tensor) -> torch.Tensor:
-    """``x`` as the rows of a request: [rows, in_features], row-major, on the host. ``ShapeError`` if it is not."""
-    if x.dim() != 2 or x.shape[1] != op.in_features or x.dtype != dtype_of(op.dtype) or x.device.type != "cpu":
+def request_rows(op: Op, x: torch.Tensor, device: int | None) -> torch.Tensor:
+    """``x`` as the rows of a request: [rows, in_features], row-major, on the pool's device, or ``ShapeError``."""
+    where = torch.device("cpu") if device is None else torch.device("cuda", device)
+    if x.dim() != 2 or x.shape[1] != op.in_features or x.dtype != dtype_of(op.dtype) or x.device != where:
         raise ShapeError(
-            f"op {op.name!r} takes [rows, {op.in_features}] of {op.dtype} on the host, not {list(x.shape)} of "
-            f"{name_of(x.dtype)} on {x.device.type}"
+            f"op {op.name!r} takes [rows, {op.in_features}] of {op.dtype} on {where}, not {list(x.shape)} of "
+            f"{name_of(x.dtype)} on {x.device}"
         )
     return x.detach().contiguous()
 
 
-def reply_rows(program: OpProgram, rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Room for an answer as [rows, bytes] of uint8, and its outputs as views of [rows, columns]."""
-    flat = torch.empty(rows, program.out_row_bytes, dtype=torch.uint8)
+def reply_rows(
+    program: OpProgram, rows: int, room: int, device: torch.device
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Room for an answer of ``room`` rows as [room, bytes] of uint8, and its outputs as views of [rows, columns]."""
+    flat = torch.empty(room, program.out_row_bytes, dtype=torch.uint8, device=device)
     outputs, start = [], 0
     for columns, dtype in zip(program.output_columns, program.output_dtypes, strict=True):
-        num_bytes = rows * columns * DTYPE_BYTES[dtype]
-        outputs.append(flat.view(-1)[start : start + num_bytes].view(dtype_of(dtype)).view(rows, columns))
+        num_bytes = room * columns * DTYPE_BYTES[dtype]
+        outputs.append(flat.view(-1)[start : start + num_bytes].view(dtype_of(dtype)).view(room, columns)[:rows])
         start += num_bytes
     return flat, outputs
 

@@ -40,6 +40,7 @@ _TABLE = (
     Setting("WORLD_SIZE", "processes in the group (torchrun)", "count", None, 1, 4096),
     Setting("MASTER_ADDR", "host of the rendezvous store (torchrun)", "host name", "127.0.0.1"),
     Setting("MASTER_PORT", "port of the rendezvous store (torchrun)", "TCP port", "29500", 1, 65535),
+    Setting("CUDA_MODULE_LOADING", "when CUDA loads kernels (CUDA reads it); see load_kernels_early", "mode", "EAGER"),
     Setting("NVSHMEM_DISABLE_NVLS", "1: NVSHMEM uses no NVLink multicast (NVSHMEM reads it)", "switch", "0"),
 )
 
@@ -122,6 +123,23 @@ def rendezvous() -> Rendezvous:
     if not address or any(c.isspace() for c in address):
         raise ConfigError(f"environment variable MASTER_ADDR={address!r} is empty or has white space")
     return Rendezvous(rank, world_size, address, _integer("MASTER_PORT"))
+
+
+def load_kernels_early() -> None:
+    """Asks CUDA to load all kernels at its start, unless ``CUDA_MODULE_LOADING`` says otherwise.
+
+    A kernel that is loaded at its first launch makes the launch wait until the device is idle (CUDA programming guide,
+    "Lazy Loading"). With CaS a stream may then be waiting for a rank whose own launch waits likewise: both would only
+    go on at their deadlines. It has no effect on a process in which CUDA has started already.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", SETTINGS["CUDA_MODULE_LOADING"].default or "")
+
+
+def check_nvshmem() -> None:
+    """NVSHMEM takes its settings from the environment: a bad ``NVSHMEM_DISABLE_NVLS`` is a ``ConfigError`` here."""
+    value = nvshmem_disable_nvls()
+    if value is not None and value not in ("0", "1"):
+        raise ConfigError(f"environment variable NVSHMEM_DISABLE_NVLS={value!r} is neither 0 nor 1")
 
 
 def nvshmem_disable_nvls() -> str | None:

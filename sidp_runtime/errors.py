@@ -89,3 +89,7 @@ class UnsupportedError(SidpError, NotImplementedError):
 
 class RemoteOpError(SidpError, RuntimeError):
     """The owner's op failed; the message carries the owner's words."""
+
+
+class DeviceError(SidpError, RuntimeError):
+    """A call of the GPU's driver failed; the message carries the driver's words."""

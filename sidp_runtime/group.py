@@ -31,9 +31,11 @@ class Group:
     ``rank`` is 0 .. ``world_size`` - 1; ``store`` is shared by all ranks and must outlive set-up; ``name`` keeps groups
     that share a store apart; ``deadline_ms`` bounds every wait of set-up and is the default of a runtime's waits;
     ``token`` is the group's secret (32 or more hex digits, the same on all ranks), made by rank 0 if it is not given.
+    ``device`` is the ordinal of this rank's GPU for backend "nvshmem", by default torch's current one; NVSHMEM is then
+    initialised in this process, once and for all groups of the same ranks.
 
-    Constructing is collective. Raises ``DuplicateRankError`` if the rank is taken, ``DeadlineError`` naming the ranks
-    that did not come.
+    Constructing is collective. Raises ``UnsupportedError`` saying what the backend lacks on this machine,
+    ``DuplicateRankError`` if the rank is taken, ``DeadlineError`` naming the ranks that did not come.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Group:
         name: str = "default",
         token: str | None = None,
         deadline_ms: int | None = None,
+        device: int | None = None,
+        test_without_mappings: bool = False,
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not one of 0 to {world_size - 1}", rank=rank)
@@ -73,6 +77,12 @@ class Group:
         self.token = tokens[0].decode()
         if any(other and other != tokens[0] for other in tokens):
             raise ConfigError("ranks were given different tokens", rank=rank)
+        self.device: int | None = None
+        self._test_without_mappings = test_without_mappings
+        if backend == "nvshmem":
+            from . import _nvshmem
+
+            self.device = _nvshmem.initialise(self, device)
 
     @classmethod
     def from_env(cls, *, backend: str = "host", name: str = "default", deadline_ms: int | None = None) -> Group:
@@ -129,6 +139,9 @@ class Group:
             self.world_size,
             self.token,
             all_gather,
+            device=-1 if self.device is None else self.device,
+            deadline_ms=self.deadline_ms,
+            test_without_mappings=self._test_without_mappings,
         )
 
     def close(self) -> None:

@@ -34,8 +34,15 @@ class MachineProfile:
         return _C.MachineProfile(**asdict(self))
 
     @classmethod
-    def measure(cls) -> MachineProfile:
-        """Measures the host backend's profile on this machine, in about a second, with one thread's copies."""
+    def measure(cls, device: int | None = None) -> MachineProfile:
+        """Measures in about a second: on the host with one thread's copies, else on a GPU with its copy engine.
+
+        A GPU's copies come from another GPU that this process sees, or from its own memory where there is none.
+        """
+        if device is not None:
+            from . import _torch_gpu
+
+            return cls(**_torch_gpu.measure(device))
         import numpy as np  # only here: it takes a tenth of a second
 
         source = np.ones(64 << 20, dtype=np.uint8)
@@ -60,12 +67,15 @@ def _fastest(call: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 
-def _profile_path() -> Path:
-    return config.cache_dir() / "profile-host.json"
+def _profile_path(device: int | None) -> Path:
+    return config.cache_dir() / f"profile-{'host' if device is None else f'gpu{device}'}.json"
 
 
-def _machine_key() -> dict[str, object]:
+def _machine_key(device: int | None) -> dict[str, object]:
+    report = None if device is None else _C.cuda_report()
     return {
+        "gpus": None if report is None else [gpu["uuid"] for gpu in report["devices"]],
+        "driver": None if report is None else report["driver"],
         "version": _PROFILE_VERSION,
         "machine": platform.machine(),
         "node": platform.node(),
@@ -91,22 +101,27 @@ class ModePolicy:
             raise ConfigError(f"hysteresis is {self.hysteresis}, must be in [0, 1)")
 
     @classmethod
-    def calibrated(cls, *, fixed: Mode | None = None, hysteresis: float = 0.10) -> ModePolicy:
-        """A policy from this machine's profile, which is measured once and kept in the cache folder."""
-        path = _profile_path()
+    def calibrated(
+        cls, *, fixed: Mode | None = None, hysteresis: float = 0.10, device: int | None = None
+    ) -> ModePolicy:
+        """A policy from this machine's profile, which is measured once and kept in the cache folder.
+
+        ``device``: ordinal of the GPU that the pool lies on; None: the host.
+        """
+        path = _profile_path(device)
         try:
             stored = json.loads(path.read_text())
-            if stored.pop("key") == _machine_key():
+            if stored.pop("key") == _machine_key(device):
                 profile = MachineProfile(**stored)
                 if all(0 < rate < float("inf") for rate in asdict(profile).values()):
                     return cls(profile, fixed, hysteresis)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # none yet, of another version, or damaged: measure
-        profile = MachineProfile.measure()
+        profile = MachineProfile.measure(device)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps({"key": _machine_key(), **asdict(profile)}, indent=1))
+            scratch.write_text(json.dumps({"key": _machine_key(device), **asdict(profile)}, indent=1))
             scratch.replace(path)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error}; set SIDP_CACHE_DIR to a folder that can be") from error

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _C, _torch
-from ._C import Mode
+from ._C import Mode, StepKind
 from .errors import ClosedError, ConfigError, UnknownNameError
 from .manifest import DTYPE_BYTES
 from .ops import Op, OpProgram
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 class Step:
     """One forward pass, a context manager; ``mode`` is fixed and ``reason`` says why it was chosen."""
 
-    def __init__(self, runtime: Runtime, num_tokens: int) -> None:
+    def __init__(
+        self, runtime: Runtime, num_tokens: int, stream: int, kind: StepKind = StepKind.RUN, mode: Mode | None = None
+    ) -> None:
         self._runtime = runtime
         self._num_tokens = num_tokens
+        self._stream = stream
+        self._kind = kind
+        self._mode = mode
         self._decision: _C.Decision | None = None
 
     @property
@@ -40,21 +45,26 @@ class Step:
         return self._decision
 
     def __enter__(self) -> Step:
-        self._decision = self._runtime.begin_step(self._num_tokens)
+        self._decision = self._runtime._core.begin_step(self._num_tokens, self._kind, self._mode)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._runtime.end_step(broken_off=kind is not None)
+        self._runtime._core.end_step(kind is not None, self._stream)
 
 
 class Runtime:
     """Uses a published pool, one thread at a time. Constructing is collective; steps never wait for a peer's step.
 
     ``ops``: what ``remote_compute`` can ask for, the same on all ranks; none: WaS only. ``max_rows``: rows of the
-    largest request. ``deadline_ms``: bound of every wait in a step, by default the group's. ``stream`` arguments exist
-    for GPU backends; the host backend's stream is the calling thread and takes only ``None``.
+    largest request. ``deadline_ms``: bound of every wait in a step, by default the group's.
+
+    On the host the stream is the calling thread, and ``stream`` takes only ``None``. On a GPU calls only enqueue:
+    ``stream`` is a ``torch.cuda.Stream``, a handle, or ``None`` for torch's current one, one stream a step. Steps can
+    be captured in CUDA graphs (``capture_step``). ``row_buckets``: the row counts that owners compute, ascending; a
+    request is rounded up to the next one, and ``max_rows`` defaults to the largest. By default powers of two up to
+    ``max_rows``. Ops are captured for each of them here.
     """
 
     def __init__(
@@ -64,17 +74,24 @@ class Runtime:
         policy: ModePolicy | None = None,
         ops: Sequence[Op] = (),
         max_rows: int = 0,
+        row_buckets: Sequence[int] | None = None,
         deadline_ms: int | None = None,
         test_lane_delay_us: int = 0,
         test_service_delay_us: int = 0,
     ) -> None:
         self.pool = pool
-        self.policy = policy or ModePolicy.calibrated()
+        self._device = pool.group.device
+        self.policy = policy or ModePolicy.calibrated(device=self._device)
+        if self._device is None and row_buckets is not None:
+            raise ConfigError("the host backend computes every row count; row_buckets are for GPUs")
+        buckets = _row_buckets(max_rows, row_buckets) if self._device is not None and ops else []
+        max_rows = buckets[-1] if buckets else max_rows
         self._ops = {op.name: index for index, op in enumerate(ops)}
         if len(self._ops) != len(ops):
             raise ConfigError(f"two ops have one name: {', '.join(op.name for op in ops)}")
         self._op_list = tuple(ops)
         self._programs: dict[tuple[int, int], OpProgram] = {}
+        self._kernels: list[list[_C.OpKernel | None]] = []
         core_ops = [self._core_op(index, op) for index, op in enumerate(ops)]
         programs = [next(p for (i, _), p in self._programs.items() if i == index) for index in range(len(ops))]
         self._final_stats: dict[str, Any] = {}
@@ -91,6 +108,8 @@ class Runtime:
             profile=self.policy.profile.core(),
             fixed=self.policy.fixed,
             hysteresis=self.policy.hysteresis,
+            row_buckets=buckets,
+            deferred_start=bool(buckets),
             test_lane_delay_us=test_lane_delay_us,
             test_service_delay_us=test_service_delay_us,
         )
@@ -99,6 +118,18 @@ class Runtime:
             i: pool.layer_view(i) if pool.is_local(i) else pool.ring_view(i) for i in range(len(pool.layers))
         }
         self.handle = _torch.register_runtime(self)
+        self._graphs: list[Any] = []  # own the memory that the captured ops use
+        if buckets:
+            from . import _torch_gpu
+
+            try:
+                self._graphs = _torch_gpu.capture_ops(
+                    pool, self._core, list(zip(ops, self._kernels, strict=True)), buckets
+                )
+                self._core.start()
+            except BaseException:
+                self.close()
+                raise
 
     def _core_op(self, index: int, op: Op) -> _C.Op:
         captured: dict[tuple[Any, ...], OpProgram] = {}
@@ -109,7 +140,12 @@ class Runtime:
             if key not in captured:
                 captured[key] = _torch.capture(op, specs)
             program = self._programs[index, layer] = captured[key]
-            kernels[layer] = _torch.make_kernel(op, program, self.pool.layers[layer], specs)
+            kernels[layer] = (
+                _torch.make_kernel(op, program, self.pool.layers[layer], specs)
+                if self._device is None
+                else _C.graph_op(self.pool.backend)
+            )
+        self._kernels.append(kernels)
         if len({(p.output_columns, p.output_dtypes) for p in captured.values()}) != 1:
             raise ConfigError(f"op {op.name!r} gives other columns or dtypes in some layers; make it two ops")
         return _C.Op(
@@ -123,18 +159,33 @@ class Runtime:
     def step(self, num_tokens: int, *, stream: object = None) -> Step:
         """A forward pass of ``num_tokens`` rows; the mode is chosen when it is entered. Steps do not nest.
 
-        If the body raises, layers that it did not use are skipped and the next step finds everything in order.
+        If the body raises, layers that it did not use are skipped and the next step finds everything in order. On a
+        GPU, entering raises ``DeadlineError`` or ``RemoteOpError`` if an earlier step's request was never answered.
         """
-        self._check_stream(stream)
-        return Step(self, num_tokens)
+        return Step(self, num_tokens, self._stream(stream))
+
+    def capture_step(self, num_tokens: int, mode: Mode, *, stream: object = None) -> Step:
+        """A step whose calls go into the CUDA graph that is being captured on the stream. Nothing runs or is counted.
+
+        Copies stay outside the graph: it only waits for slots and empties them. ``UsageError`` at the end if the body
+        did not use every streamed layer. ``UnsupportedError`` on the host.
+        """
+        return Step(self, num_tokens, self._stream(stream), StepKind.CAPTURE, mode)
+
+    def replay_step(self, num_tokens: int, *, stream: object = None) -> Step:
+        """A step whose body launches, once, the graph that was captured in ``step.mode``, and calls nothing else here.
+
+        ``with runtime.replay_step(n) as step: graphs[step.mode].replay()``
+        """
+        return Step(self, num_tokens, self._stream(stream), StepKind.REPLAY)
 
     def begin_step(self, num_tokens: int) -> _C.Decision:
         """Opens a step where a context manager does not fit; close it with ``end_step``."""
         return self._core.begin_step(num_tokens)
 
-    def end_step(self, *, broken_off: bool = False) -> None:
+    def end_step(self, *, broken_off: bool = False, stream: object = None) -> None:
         """Closes it. ``UsageError`` if a WaS step skipped a streamed layer and did not break off."""
-        self._core.end_step(broken_off)
+        self._core.end_step(broken_off, self._stream(stream))
 
     def fetch_layer(self, layer: int, *, stream: object = None) -> dict[str, torch.Tensor]:
         """The layer's tensors by name, valid until ``release_layer``; the same objects each step.
@@ -142,14 +193,12 @@ class Runtime:
         Streamed layers: in a WaS step only, each once, in the order of the pool. Raises ``UsageError`` out of order or
         when the slot is still held, ``DeadlineError`` if the copy does not come, ``UnknownNameError``.
         """
-        self._check_stream(stream)
-        self._core.fetch_layer(layer)
+        self._core.fetch_layer(layer, self._stream(stream))
         return self._views[layer]
 
     def release_layer(self, layer: int, *, stream: object = None) -> None:
         """After the last use of the tensors."""
-        self._check_stream(stream)
-        self._core.release_layer(layer)
+        self._core.release_layer(layer, self._stream(stream))
 
     def views(self, layer: int) -> dict[str, torch.Tensor]:
         """What ``fetch_layer`` will return, without waiting: addresses are fixed, contents are not."""
@@ -170,17 +219,19 @@ class Runtime:
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """``op(layer, x)`` computed by the layer's owner; ``x`` is ``[rows, in_features]`` with 1 .. ``max_rows`` rows.
 
-        Streamed layers in a CaS step only. Row counts are kept, so the result is bit-equal to computing here with the
-        same number of threads. If the owner is dead or silent past the deadline, the op runs here on the owner's
+        Streamed layers in a CaS step only. On the host row counts are kept, so the result is bit-equal to computing
+        here with the same number of threads; on a GPU the owner computes the next of ``row_buckets``, and the result is
+        that of as many rows. If the owner is dead or silent past the deadline, the op runs here on the owner's
         bytes (``stats()["fallbacks"]``), and that owner is not asked again. Raises ``ShapeError``,
         ``UnknownNameError``, ``UsageError``, ``RemoteOpError``.
         """
-        self._check_stream(stream)
+        handle = self._stream(stream)
         program = self.op_program(op, layer)
         index = self._op_index(op)
-        rows = _torch.request_rows(self._op_list[index], x)
-        flat, outputs = _torch.reply_rows(program, rows.shape[0])
-        self._core.remote_compute(layer, index, rows, flat)
+        rows = _torch.request_rows(self._op_list[index], x, self._device)
+        bucket = self._core.bucket(layer, rows.shape[0])
+        flat, outputs = _torch.reply_rows(program, rows.shape[0], bucket, rows.device)
+        self._core.remote_compute(layer, index, rows, flat, handle)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def stats(self) -> dict[str, Any]:
@@ -217,7 +268,20 @@ class Runtime:
             raise UnknownNameError(f"op {op!r} was not declared; the ops are: {', '.join(self._ops) or 'none'}")
         return self._ops[op]
 
-    @staticmethod
-    def _check_stream(stream: object) -> None:
+    def _stream(self, stream: object) -> int:
+        if self._device is not None:
+            from . import _torch_gpu
+
+            return _torch_gpu.stream_handle(stream, self._device)
         if stream is not None:
             raise ConfigError("the host backend has no streams: the calling thread is the stream; pass None")
+        return 0
+
+
+def _row_buckets(max_rows: int, row_buckets: Sequence[int] | None) -> list[int]:
+    if row_buckets is not None:
+        buckets = list(row_buckets)
+        if not buckets or (max_rows and max_rows != buckets[-1]):
+            raise ConfigError(f"row_buckets {buckets} must end in max_rows {max_rows}")
+        return buckets
+    return [1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows] + [max_rows]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from . import _C, _torch, memory
-from .errors import ClosedError, ConfigError
+from .errors import ClosedError, ConfigError, UnsupportedError
 from .group import Group
-from .loading import CheckpointSource, LoadReport, Progress, load_layers
+from .loading import CheckpointSource, LoadReport, Progress, load_layers, load_layers_staged
 from .manifest import LayerSpec, manifest_text
 from .placement import Placement
 
@@ -40,7 +41,8 @@ class WeightPool:
                     layer=index,
                     num_bytes=layer.num_bytes,
                 )
-        self._pool: _C.WeightPool | None = _C.WeightPool(group.make_backend(), placement, manifest_text(self.layers))
+        self.backend = group.make_backend()
+        self._pool: _C.WeightPool | None = _C.WeightPool(self.backend, placement, manifest_text(self.layers))
 
     @property
     def core(self) -> _C.WeightPool:
@@ -74,15 +76,31 @@ class WeightPool:
         return _torch.tensor_views(self.core.local_layer(layer), self.layers[layer])
 
     def buffer(self, layer: int) -> memoryview:
-        """The bytes of a local layer, writable, tensors at ``layers[layer].offsets``. Write before ``publish`` only."""
-        return _torch.writable_bytes(self.core.local_layer(layer))
+        """The bytes of a local layer, writable, tensors at ``layers[layer].offsets``. Write before ``publish`` only.
+
+        ``UnsupportedError`` on a GPU: write through ``layer_view``.
+        """
+        view = self.core.local_layer(layer)
+        if self.group.device is not None:
+            raise UnsupportedError(f"layer {layer} lies on device {self.group.device}; write through layer_view()")
+        return _torch.writable_bytes(view)
 
     def load(self, source: CheckpointSource, progress: Progress | None = None) -> LoadReport:
         """Reads this rank's layers and nothing else from a checkpoint, then publishes. Collective.
 
-        Peak memory: the rank's layers, its ring, and one tensor where the file's dtype differs from the pool's.
+        Peak memory: the rank's layers, its ring, and one tensor where the file's dtype differs from the pool's; on a
+        GPU also the largest layer, on the host.
         """
         local = self.local_layers
+        if self.group.device is not None:
+            report = load_layers_staged(
+                source,
+                {i: self.layers[i] for i in local},
+                lambda i, staged: _torch.copy_bytes(self.core.local_layer(i), staged),
+                progress,
+            )
+            self.publish()
+            return report
         report = load_layers(
             source, [self.layers[i] for i in local], dict(enumerate(self.buffer(i) for i in local)), progress
         )
@@ -103,8 +121,21 @@ class WeightPool:
         return memory.report(self.group.token)
 
     def close(self) -> None:
-        """Lets go of the memory. Tensors made of it stay valid; peers keep what they have mapped. Idempotent."""
-        self._pool = None
+        """Lets go of the memory. Idempotent.
+
+        On the host, tensors made of it stay valid and peers keep what they have mapped. On a GPU closing is
+        collective, because NVSHMEM frees on all ranks at once, and tensors of the pool are void afterwards; close
+        runtimes first. If a rank died or does not come within the group's deadline, the memory stays until the process
+        ends and a ``ResourceWarning`` says so.
+        """
+        pool, self._pool = self._pool, None
+        if pool is not None and not pool.close_backend():
+            warnings.warn(
+                f"rank {self.group.rank}: not every rank came to close the pool, so its memory on device "
+                f"{self.group.device} stays allocated until this process ends",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     def __enter__(self) -> WeightPool:
         return self

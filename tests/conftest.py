@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,29 @@ def repository() -> Path:
     return TESTS.parent
 
 
+@pytest.fixture(autouse=True)
+def _gpu_tier(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        need_gpu()
+
+
 @pytest.fixture(params=["host", "nvshmem"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that meets the contract; skipped where the build lacks it."""
+    """Each backend that meets the contract; skipped where the machine lacks it."""
     name = str(request.param)
-    from sidp_runtime import _C
-
-    if name not in _C.backend_names():
-        pytest.skip(f"backend {name!r} is not in this build, which has: {', '.join(_C.backend_names())}")
+    if name == "nvshmem":
+        need_gpu()
     return name
+
+
+def need_gpu() -> None:
+    """Skips the test with what is missing for the GPU backend; ``tests/gpu/run.sh`` makes that a failure."""
+    from sidp_runtime import _nvshmem
+
+    if reason := _nvshmem.missing():
+        if os.environ.get("SIDP_TEST_GPU") == "1":
+            pytest.fail(f"SIDP_TEST_GPU=1, but: {reason}")
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}ranks")

@@ -14,6 +14,9 @@ struct BackendOptions {
   Rank rank = 0;
   Rank world_size = 1;
   std::string token;
+  int device = -1;                     // nvshmem: ordinal of this rank's GPU
+  Milliseconds deadline{30000};        // nvshmem: of each of NVSHMEM's collectives
+  bool test_without_mappings = false;  // nvshmem, tests only
 };
 
 std::vector<std::string> backend_names();

@@ -43,10 +43,13 @@ void bind_backend(py::module_& m) {
   m.def(
       "make_backend",
       [](const std::string& name, Rank rank, Rank world_size, const std::string& token,
-         const py::typing::Callable<py::typing::List<py::bytes>(py::str, py::bytes)>& all_gather) {
-        return make_backend({name, rank, world_size, token}, std::make_shared<PythonBootstrap>(all_gather));
+         const py::typing::Callable<py::typing::List<py::bytes>(py::str, py::bytes)>& all_gather, int device,
+         std::int64_t deadline_ms, bool test_without_mappings) {
+        return make_backend({name, rank, world_size, token, device, Milliseconds(deadline_ms), test_without_mappings},
+                            std::make_shared<PythonBootstrap>(all_gather));
       },
-      py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("token"), py::arg("all_gather"));
+      py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("token"), py::arg("all_gather"),
+      py::arg("device") = -1, py::arg("deadline_ms") = 30000, py::arg("test_without_mappings") = false);
   m.def("measure_round_trip_us", &host::measure_round_trip_us, py::arg("rounds"), ReleaseGil(),
         "Median microseconds of a round trip between two threads through the host backend's flags.");
   m.def("unlink_segments", &host::unlink_segments, py::arg("token"), py::arg("world_size"),

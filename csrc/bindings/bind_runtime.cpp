@@ -42,31 +42,41 @@ py::typing::Dict<py::str, py::object> to_dict(const RuntimeStats& s) {
   return d;
 }
 
-void remote_compute(Runtime& runtime, LayerIndex layer, OpIndex op, const py::object& x, const py::object& y) {
-  const RowsArgument in = rows_from_dlpack(x, "x");
-  const RowsArgument out = rows_from_dlpack(y, "y");
+Stream stream_of(std::uintptr_t handle) { return {reinterpret_cast<void*>(handle)}; }
+
+void remote_compute(Runtime& runtime, LayerIndex layer, OpIndex op, const py::object& x, const py::object& y,
+                    std::uintptr_t stream) {
+  const std::int32_t device = runtime.pool().backend().capabilities().device;
+  const RowsArgument in = rows_from_dlpack(x, "x", device);
+  const RowsArgument out = rows_from_dlpack(y, "y", device);
   if (runtime.mailbox() != nullptr && op >= 0 && static_cast<std::size_t>(op) < runtime.mailbox()->ops().size()) {
     const Op& entry = runtime.mailbox()->ops()[static_cast<std::size_t>(op)];
-    if (in.row_bytes != entry.in_row_bytes || out.row_bytes != entry.out_row_bytes || in.rows != out.rows)
+    const std::int64_t bucket = runtime.mailbox()->bucket(layer, in.rows);
+    if (in.row_bytes != entry.in_row_bytes || out.row_bytes != entry.out_row_bytes || out.rows != bucket)
       throw Error(ErrorCode::kShape,
                   "op '" + entry.name + "' takes rows of " + std::to_string(entry.in_row_bytes) + " bytes and gives " +
                       std::to_string(entry.out_row_bytes) + "; x has " + std::to_string(in.rows) + " rows of " +
                       std::to_string(in.row_bytes) + ", y " + std::to_string(out.rows) + " of " +
-                      std::to_string(out.row_bytes),
+                      std::to_string(out.row_bytes) + " where " + std::to_string(bucket) + " rows come back",
                   {.layer = layer});
   }
   const py::gil_scoped_release release;
-  runtime.remote_compute({}, layer, op, in.data, in.rows, out.data);
+  runtime.remote_compute(stream_of(stream), layer, op, in.data, in.rows, out.data);
 }
 
 }  // namespace
 
 void bind_runtime(py::module_& m) {
+  py::enum_<StepKind>(m, "StepKind", "How the calls of a step reach the device.")
+      .value("RUN", StepKind::kRun)
+      .value("CAPTURE", StepKind::kCapture)
+      .value("REPLAY", StepKind::kReplay);
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
       .def(py::init([](std::shared_ptr<WeightPool> pool, std::vector<Op> ops, std::int64_t deadline_ms,
                        std::int64_t max_rows, ByteCount row_bytes, std::int32_t element_bytes,
                        const MachineProfile& profile, std::optional<Mode> fixed, double hysteresis,
-                       std::uint32_t test_lane_delay_us, std::uint32_t test_service_delay_us) {
+                       std::vector<std::int64_t> row_buckets, bool deferred_start, std::uint32_t test_lane_delay_us,
+                       std::uint32_t test_service_delay_us) {
              RuntimeOptions options;
              options.deadline = Milliseconds(deadline_ms);
              options.max_rows = max_rows;
@@ -75,24 +85,39 @@ void bind_runtime(py::module_& m) {
              options.element_bytes = element_bytes;
              options.profile = profile;
              options.policy = {fixed, hysteresis};
+             options.row_buckets = std::move(row_buckets);
+             options.deferred_start = deferred_start;
              options.lane.test_delay_us = test_lane_delay_us;
              options.service.test_delay_us = test_service_delay_us;
              return std::make_shared<Runtime>(std::move(pool), std::move(ops), options);
            }),
            py::arg("pool"), py::arg("ops"), py::kw_only(), py::arg("deadline_ms"), py::arg("max_rows"),
            py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("hysteresis"),
+           py::arg("row_buckets") = std::vector<std::int64_t>{}, py::arg("deferred_start") = false,
            py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0, ReleaseGil())
-      .def("begin_step", &Runtime::begin_step, py::arg("num_tokens"))
+      .def("start", &Runtime::start, ReleaseGil(), "Collective after deferred_start: begins to answer the other ranks.")
+      .def("begin_step", &Runtime::begin_step, py::arg("num_tokens"), py::arg_v("kind", StepKind::kRun, "StepKind.RUN"),
+           py::arg("mode") = py::none())
       .def(
-          "end_step", [](Runtime& r, bool broken_off) { r.end_step({}, broken_off); }, py::arg("broken_off"),
-          ReleaseGil())
+          "end_step",
+          [](Runtime& r, bool broken_off, std::uintptr_t stream) { r.end_step(stream_of(stream), broken_off); },
+          py::arg("broken_off"), py::arg("stream") = 0, ReleaseGil())
       .def(
-          "fetch_layer", [](Runtime& r, LayerIndex layer) { r.fetch_layer({}, layer); }, py::arg("layer"), ReleaseGil(),
-          "Waits for the layer; its bytes are at the address that the placement gives.")
+          "fetch_layer",
+          [](Runtime& r, LayerIndex layer, std::uintptr_t stream) { r.fetch_layer(stream_of(stream), layer); },
+          py::arg("layer"), py::arg("stream") = 0, ReleaseGil(),
+          "Waits for the layer, or makes the stream wait; its bytes are at the address that the placement gives.")
       .def(
-          "release_layer", [](Runtime& r, LayerIndex layer) { r.release_layer({}, layer); }, py::arg("layer"))
+          "release_layer",
+          [](Runtime& r, LayerIndex layer, std::uintptr_t stream) { r.release_layer(stream_of(stream), layer); },
+          py::arg("layer"), py::arg("stream") = 0)
       .def("remote_compute", &remote_compute, py::arg("layer"), py::arg("op"), py::arg("x"), py::arg("y"),
-           "y = op(layer, x); x and y are row-major host tensors that support DLPack.")
+           py::arg("stream") = 0,
+           "y = op(layer, x); x and y are row-major tensors on the pool's device that support DLPack.")
+      .def(
+          "bucket",
+          [](const Runtime& r, LayerIndex layer, std::int64_t rows) { return r.mailbox()->bucket(layer, rows); },
+          py::arg("layer"), py::arg("rows"), "Rows of the result that a request of so many rows needs room for.")
       .def("stats", [](const Runtime& r) { return to_dict(r.stats()); })
       .def("close", &Runtime::close, ReleaseGil());
 }

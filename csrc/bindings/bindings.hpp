@@ -18,6 +18,7 @@ void bind_policy(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
+void bind_graphs(pybind11::module_& m);
 
 using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 

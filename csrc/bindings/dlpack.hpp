@@ -12,7 +12,7 @@
 namespace sidp::bindings {
 
 struct DLDevice {
-  std::int32_t device_type;  // 1: CPU
+  std::int32_t device_type;  // 1: CPU, 2: CUDA
   std::int32_t device_id;
 };
 struct DLDataType {
@@ -35,23 +35,28 @@ struct DLManagedTensor {
   void (*deleter)(DLManagedTensor*);
 };
 
+// DLPack's device of a GPU's ordinal, or of the host for -1.
+constexpr DLDevice dl_device_of(std::int32_t ordinal) { return ordinal < 0 ? DLDevice{1, 0} : DLDevice{2, ordinal}; }
+
 // Bytes of a pool as a 1-D uint8 tensor. Tensors made of it keep `owner` alive.
 struct ByteView {
   std::byte* data;
   ByteCount bytes;
   std::shared_ptr<const void> owner;
+  std::int32_t device = -1;  // ordinal of the GPU that holds them; -1: host memory
 
+  [[nodiscard]] DLDevice dl_device() const { return dl_device_of(device); }
   [[nodiscard]] pybind11::capsule dlpack() const;
 };
 
-// A contiguous 2-D tensor in host memory.
+// A contiguous 2-D tensor.
 struct RowsArgument {
   pybind11::object capsule;  // keeps the tensor alive
   std::byte* data;
   std::int64_t rows;
   ByteCount row_bytes;
 };
-// Throws Error(kShape) for another device, rank or layout; `what` names the tensor.
-RowsArgument rows_from_dlpack(const pybind11::object& tensor, const char* what);
+// Throws Error(kShape) for another device than `device` (as in ByteView), rank or layout; `what` names the tensor.
+RowsArgument rows_from_dlpack(const pybind11::object& tensor, const char* what, std::int32_t device);
 
 }  // namespace sidp::bindings

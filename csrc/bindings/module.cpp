@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
   sidp::bindings::bind_pool(m);
   sidp::bindings::bind_runtime(m);
   sidp::bindings::bind_cuda(m);
+  sidp::bindings::bind_graphs(m);
 }

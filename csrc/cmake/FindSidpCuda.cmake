@@ -3,8 +3,9 @@
 # Looked at in this order: SIDP_CUDA_ROOT (cache or environment; it must be right), CUDA_HOME, the toolkit of the nvcc on
 # PATH, /usr/local/cuda, and the pip wheels nvidia-cuda-runtime (13) and nvidia-cuda-runtime-cu12 (12) of Python_EXECUTABLE.
 #
-# Sets SidpCuda_FOUND, SidpCuda_INCLUDE_DIR, SidpCuda_VERSION, SidpCuda_SOURCE (where from, in words), and
-# SidpCuda_LOOKED_AT (a list of "where: what was there").
+# Sets SidpCuda_FOUND, SidpCuda_INCLUDE_DIR, SidpCuda_VERSION, SidpCuda_SOURCE (where from, in words),
+# SidpCuda_LOOKED_AT (a list of "where: what was there"), and SidpCuda_NVCC (the compiler beside the headers, else the one
+# on PATH, else empty).
 
 set(_sidp_cuda_min_version 12.0)
 set(SidpCuda_FOUND FALSE)
@@ -96,5 +97,14 @@ if(NOT SidpCuda_FOUND)
     endforeach()
   else()
     list(APPEND SidpCuda_LOOKED_AT "wheels: no Python interpreter was found to ask")
+  endif()
+endif()
+
+set(SidpCuda_NVCC "")
+if(SidpCuda_FOUND)
+  cmake_path(GET SidpCuda_INCLUDE_DIR PARENT_PATH _sidp_cuda_root)
+  find_program(_sidp_cuda_nvcc nvcc HINTS "${_sidp_cuda_root}/bin" NO_CACHE)
+  if(_sidp_cuda_nvcc)
+    set(SidpCuda_NVCC "${_sidp_cuda_nvcc}")
   endif()
 endif()

@@ -9,14 +9,30 @@
 
 namespace sidp {
 
-Mailbox::Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows)
-    : ops_(std::move(ops)), max_rows_(max_rows) {
+// Here, where the channel's type is complete.
+std::unique_ptr<ActivationChannel> Backend::make_channel(WeightPool&, const Mailbox&, const ChannelOptions&) {
+  return nullptr;
+}
+
+Mailbox::Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows, std::vector<std::int64_t> row_buckets)
+    : ops_(std::move(ops)), max_rows_(max_rows), row_buckets_(std::move(row_buckets)) {
   Backend& backend = pool.backend();
   if (max_rows_ < 1)
     throw Error(ErrorCode::kConfig, "max_rows is " + std::to_string(max_rows_) + ", must be at least 1");
+  std::int64_t below = 0;
+  for (const std::int64_t rows : row_buckets_) {
+    if (rows <= below || rows > max_rows_)
+      throw Error(ErrorCode::kConfig, "row buckets must ascend from 1 to max_rows " + std::to_string(max_rows_) + "; " +
+                                          std::to_string(rows) + " comes after " + std::to_string(below));
+    below = rows;
+  }
+  if (!row_buckets_.empty() && below != max_rows_)
+    throw Error(ErrorCode::kConfig, "the largest row bucket is " + std::to_string(below) + ", max_rows is " +
+                                        std::to_string(max_rows_) + "; they must be equal");
   const auto num_layers = static_cast<std::size_t>(pool.placement().num_layers());
   ByteCount in_bytes = 0, out_bytes = 0;
-  std::string text = "max_rows " + std::to_string(max_rows_);
+  std::string text = "max_rows " + std::to_string(max_rows_) + " buckets";
+  for (const std::int64_t rows : row_buckets_) text += " " + std::to_string(rows);
   for (const Op& op : ops_) {
     if (op.kernels.size() != num_layers)
       throw Error(ErrorCode::kConfig, "op " + op.name + " has kernels for " + std::to_string(op.kernels.size()) +
@@ -42,6 +58,17 @@ Mailbox::Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows)
   replies_at_ = request_stride_ * world_size;
   const std::vector<ByteCount> bytes(world_size, replies_at_ + reply_stride_ * world_size);
   buffer_ = backend.allocate_symmetric(bytes, "mailbox", /*peer_writable=*/true);
+}
+
+std::int64_t Mailbox::bucket(LayerIndex layer, std::int64_t rows) const {
+  if (rows < 1 || rows > max_rows_)
+    throw Error(ErrorCode::kShape,
+                "remote_compute of layer " + std::to_string(layer) + " was given " + std::to_string(rows) +
+                    " rows; a slot holds 1 to " + std::to_string(max_rows_) +
+                    ": raise max_rows, or let the policy choose WaS for large steps",
+                {.layer = layer, .expected = max_rows_, .seen = rows});
+  const auto it = std::lower_bound(row_buckets_.begin(), row_buckets_.end(), rows);
+  return it == row_buckets_.end() ? rows : *it;
 }
 
 OpIndex Mailbox::op_index(const std::string& name) const {
@@ -82,12 +109,7 @@ void Requester::compute(Stream stream, LayerIndex layer, OpIndex op, const std::
   const Rank rank = backend.rank();
   const OpKernel& kernel = mailbox_.kernel(layer, op);
   const Op& entry = mailbox_.ops()[static_cast<std::size_t>(op)];
-  if (rows < 1 || rows > mailbox_.max_rows())
-    throw Error(ErrorCode::kShape,
-                "op '" + entry.name + "' of layer " + std::to_string(layer) + " was given " + std::to_string(rows) +
-                    " rows; a slot holds 1 to " + std::to_string(mailbox_.max_rows()) +
-                    ": raise max_rows, or let the policy choose WaS for large steps",
-                {.rank = rank, .layer = layer, .expected = mailbox_.max_rows(), .seen = rows});
+  mailbox_.bucket(layer, rows);  // throws for rows that no slot holds
   const Rank owner = pool_.placement().owner(layer);
   const auto peer = static_cast<std::size_t>(owner);
   if (!gave_up_[peer]) {

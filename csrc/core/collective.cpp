@@ -1,7 +1,8 @@
 #include "collective.hpp"
 
+#include <algorithm>
 #include <exception>
-#include <sstream>
+#include <string_view>
 
 #include "sidp/error.hpp"
 
@@ -9,16 +10,19 @@ namespace sidp {
 
 namespace {
 
-std::string first_difference(const std::string& mine, const std::string& theirs) {
-  std::istringstream a(mine), b(theirs);
-  std::string line_a, line_b;
+// The next line of a text, which loses it; "(nothing)" at its end.
+std::string_view take_line(std::string_view& text) {
+  if (text.empty()) return "(nothing)";
+  const std::string_view line = text.substr(0, text.find('\n'));
+  text.remove_prefix(std::min(line.size() + 1, text.size()));
+  return line;
+}
+
+std::string first_difference(std::string_view mine, std::string_view theirs) {
   for (int number = 1;; ++number) {
-    const bool more_a = static_cast<bool>(std::getline(a, line_a));
-    const bool more_b = static_cast<bool>(std::getline(b, line_b));
-    if (!more_a) line_a = "(nothing)";
-    if (!more_b) line_b = "(nothing)";
-    if (line_a != line_b || (!more_a && !more_b))
-      return "line " + std::to_string(number) + ": '" + line_a + "' here, '" + line_b + "' there";
+    const bool over = mine.empty() && theirs.empty();
+    const std::string here(take_line(mine)), there(take_line(theirs));
+    if (here != there || over) return "line " + std::to_string(number) + ": '" + here + "' here, '" + there + "' there";
   }
 }
 

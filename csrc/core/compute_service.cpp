@@ -16,7 +16,10 @@ ComputeService::ComputeService(WeightPool& pool, const Mailbox& mailbox, const S
   ByteCount out_bytes = 0;
   for (const Op& op : mailbox.ops()) out_bytes = std::max(out_bytes, op.out_row_bytes);
   reply_.resize(static_cast<std::size_t>(out_bytes) * static_cast<std::size_t>(mailbox.max_rows()));
-  thread_ = pool.backend().start_thread("sidp-service", [this] { run(); });
+}
+
+void ComputeService::start() {
+  thread_ = pool_.backend().start_thread("sidp-service", [this] { run(); });
 }
 
 ComputeService::~ComputeService() { stop(); }

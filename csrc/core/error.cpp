@@ -26,6 +26,8 @@ const char* to_string(ErrorCode code) {
       return "UnsupportedError";
     case ErrorCode::kRemoteOp:
       return "RemoteOpError";
+    case ErrorCode::kDevice:
+      return "DeviceError";
   }
   return "SidpError";
 }

@@ -16,17 +16,12 @@ Prefetcher::Prefetcher(WeightPool& pool, Milliseconds deadline, const LaneOption
   for (const RingEntry& entry : placement.ring_plan(pool.backend().rank())) {
     uses_.push_back({entry});
     const std::uint32_t flag = pool.slot_flag(entry.slot);
-    const std::byte* src = pool.peer_layer(entry.layer);
-    if (src == nullptr)
-      throw Error(ErrorCode::kUnsupported,
-                  "layer " + std::to_string(entry.layer) + " has no direct mapping to rank " +
-                      std::to_string(placement.owner(entry.layer)),
-                  {.rank = pool.backend().rank(), .peer = placement.owner(entry.layer), .layer = entry.layer});
+    const std::byte* mapped = pool.peer_layer(entry.layer);
     program.push_back({.kind = LaneOp::Kind::kWait, .flag = flag, .value = kEmpty});
-    program.push_back({.kind = LaneOp::Kind::kCopy,
+    program.push_back({.kind = mapped != nullptr ? LaneOp::Kind::kCopy : LaneOp::Kind::kGet,
                        .peer = placement.owner(entry.layer),
                        .dst = pool.ring() + entry.offset,
-                       .src = src,
+                       .src = mapped != nullptr ? mapped : pool.symmetric_layer(entry.layer),
                        .bytes = entry.bytes});
     // A flag of its own after the payload: never in one batch with it, which would leave them unordered.
     program.push_back({.kind = LaneOp::Kind::kSignal, .flag = flag, .value = kFull});
@@ -41,7 +36,29 @@ void Prefetcher::stop() noexcept {
   if (lane_) lane_->stop();
 }
 
-void Prefetcher::begin_step() { next_ = 0; }
+void Prefetcher::begin_step(bool captured) {
+  next_ = 0;
+  captured_ = captured;
+}
+
+void Prefetcher::replayed_step() {
+  next_ = uses_.size();
+  stats_.fetches += uses_.size();
+  for (const Use& use : uses_) lane_->released(pool_.slot_flag(use.entry.slot));
+}
+
+void Prefetcher::forget_step() {
+  captured_ = false;
+  stats_.fetches -= next_;
+  for (Use& use : uses_) use.held = false;
+  std::fill(slot_holder_.begin(), slot_holder_.end(), -1);
+}
+
+void Prefetcher::empty_slot(Stream stream, const RingEntry& entry) {
+  const std::uint32_t flag = pool_.slot_flag(entry.slot);
+  pool_.backend().signal(stream, {pool_.backend().rank(), flag}, kEmpty);
+  if (!captured_) lane_->released(flag);
+}
 
 Prefetcher::Use* Prefetcher::find(LayerIndex layer) {
   const auto it = std::find_if(uses_.begin(), uses_.end(), [&](const Use& use) { return use.entry.layer == layer; });
@@ -104,7 +121,7 @@ void Prefetcher::release(Stream stream, LayerIndex layer) {
                 {.rank = pool_.backend().rank(), .layer = layer});
   use->held = false;
   slot_holder_[static_cast<std::size_t>(use->entry.slot)] = -1;
-  pool_.backend().signal(stream, {pool_.backend().rank(), pool_.slot_flag(use->entry.slot)}, kEmpty);
+  empty_slot(stream, use->entry);
 }
 
 bool Prefetcher::step_complete() const {
@@ -119,7 +136,7 @@ void Prefetcher::drain_step(Stream stream) {
     const RingEntry& entry = uses_[next_].entry;
     wait_full(stream, entry);
     ++stats_.drained;
-    pool_.backend().signal(stream, {pool_.backend().rank(), pool_.slot_flag(entry.slot)}, kEmpty);
+    empty_slot(stream, entry);
   }
 }
 

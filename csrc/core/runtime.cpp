@@ -41,12 +41,21 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   // A rank without ops makes no mailbox and would leave the others waiting for it there.
   check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops", std::to_string(ops.size()));
   if (!ops.empty()) {
-    mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows);
-    requester_ = std::make_unique<Requester>(*pool_, *mailbox_, options_.deadline);
+    mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows, options_.row_buckets);
+    const ChannelOptions channel{options_.deadline, options_.service};
+    channel_ = pool_->backend().make_channel(*pool_, *mailbox_, channel);
+    if (!channel_) channel_ = std::make_unique<FlagChannel>(*pool_, *mailbox_, channel);
   }
   prefetcher_ = std::make_unique<Prefetcher>(*pool_, options_.deadline, options_.lane);
   pool_->claim();
-  if (mailbox_) service_ = std::make_unique<ComputeService>(*pool_, *mailbox_, options_.service);
+  if (channel_ && !options_.deferred_start) channel_->start();
+}
+
+void Runtime::start() {
+  check_open();
+  if (!channel_ || !options_.deferred_start) throw Error(ErrorCode::kUsage, "nothing was deferred to start()");
+  pool_->backend().bootstrap().all_gather("ops ready", "");
+  channel_->start();
 }
 
 Runtime::~Runtime() { close(); }
@@ -54,7 +63,9 @@ Runtime::~Runtime() { close(); }
 void Runtime::close() noexcept {
   if (closed_) return;
   closed_ = true;
-  if (service_) service_->stop();
+  // Lane and service go on until no stream waits for them.
+  pool_->backend().wait_step_end(2 * options_.deadline);
+  if (channel_) channel_->stop();
   pool_->backend().leave();
   prefetcher_->stop();
 }
@@ -71,16 +82,15 @@ void Runtime::check_in_step(const char* call) const {
 }
 
 bool Runtime::peers_available() const {
-  return std::all_of(owners_.begin(), owners_.end(), [&](Rank owner) {
-    return requester_ ? requester_->available(owner) : pool_->backend().alive(owner);
-  });
+  return std::all_of(owners_.begin(), owners_.end(),
+                     [&](Rank owner) { return channel_ ? channel_->available(owner) : pool_->backend().alive(owner); });
 }
 
 std::optional<double>& Runtime::measured(Mode mode, std::int64_t num_tokens) {
   return step_ms_[index(mode)][static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(num_tokens))) % 64];
 }
 
-Decision Runtime::begin_step(std::int64_t num_tokens) {
+Decision Runtime::begin_step(std::int64_t num_tokens, StepKind kind, std::optional<Mode> mode) {
   check_open();
   if (in_step_)
     throw Error(ErrorCode::kUsage, "a step is open already; steps do not nest", {.rank = pool_->backend().rank()});
@@ -90,6 +100,10 @@ Decision Runtime::begin_step(std::int64_t num_tokens) {
     throw Error(ErrorCode::kUsage,
                 "an earlier fetch outlived its deadline and the ring is no longer in order; close this runtime",
                 {.rank = pool_->backend().rank()});
+  if (kind != StepKind::kRun && !pool_->backend().capabilities().stream_ordered)
+    throw Error(ErrorCode::kUnsupported,
+                "backend '" + pool_->backend().capabilities().name + "' has no graphs to capture or replay");
+  if (channel_) channel_->check();
   const PolicySnapshot snapshot{.num_tokens = num_tokens,
                                 .max_rows = mailbox_ ? mailbox_->max_rows() : 0,
                                 .peers_available = peers_available(),
@@ -97,16 +111,35 @@ Decision Runtime::begin_step(std::int64_t num_tokens) {
                                 .was_ms = measured(Mode::kWas, num_tokens),
                                 .cas_ms = measured(Mode::kCas, num_tokens)};
   decision_ = decide(snapshot, shape_, options_.profile, options_.policy);
+  if (mode) decision_ = {*mode, Reason::kFixed, 0, 0};
+  kind_ = kind;
   in_step_ = true;
   step_tokens_ = num_tokens;
   step_start_ = Clock::now();
-  prefetcher_->begin_step();
+  prefetcher_->begin_step(kind == StepKind::kCapture);
   return decision_;
 }
 
 void Runtime::end_step(Stream stream, bool broken_off) {
   check_in_step("end_step");
   in_step_ = false;
+  if (kind_ == StepKind::kReplay && decision_.mode == Mode::kWas && !broken_off) prefetcher_->replayed_step();
+  if (kind_ == StepKind::kCapture) {
+    const bool whole = decision_.mode == Mode::kCas || prefetcher_->step_complete();
+    prefetcher_->forget_step();
+    if (!broken_off && !whole)
+      throw Error(
+          ErrorCode::kUsage,
+          "the capture ended before every streamed layer was fetched and released; a replay of this graph would "
+          "put the ring out of order, so discard it",
+          {.rank = pool_->backend().rank()});
+    return;
+  }
+  struct MarkEnd {  // however the step ends
+    Backend& backend;
+    Stream stream;
+    ~MarkEnd() { backend.mark_step_end(stream); }
+  } const mark{pool_->backend(), stream};
   ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
   stats_.last_decision = decision_;
   const bool skipped = decision_.mode == Mode::kWas && !lane_failed_ && !prefetcher_->step_complete();
@@ -126,6 +159,7 @@ void Runtime::end_step(Stream stream, bool broken_off) {
   ++stats_.steps[index(decision_.mode)];
   stats_.tokens[index(decision_.mode)] += static_cast<std::uint64_t>(step_tokens_);
   previous_ = decision_.mode;
+  if (pool_->backend().capabilities().stream_ordered) return;  // the host's time is not the step's
   const double ms = std::chrono::duration<double, std::milli>(Clock::now() - step_start_).count();
   auto& average = measured(decision_.mode, step_tokens_);
   average = average ? *average + kNewSampleShare * (ms - *average) : ms;
@@ -155,7 +189,7 @@ void Runtime::release_layer(Stream stream, LayerIndex layer) {
 void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
                              std::byte* y) {
   check_in_step("remote_compute");
-  if (!requester_) throw Error(ErrorCode::kUnknownName, "no ops were declared when this runtime was made");
+  if (!channel_) throw Error(ErrorCode::kUnknownName, "no ops were declared when this runtime was made");
   if (pool_->is_local(layer))
     throw Error(ErrorCode::kUsage, "layer " + std::to_string(layer) + " is local; fetch it and compute here",
                 {.rank = pool_->backend().rank(), .layer = layer});
@@ -164,14 +198,16 @@ void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const 
                 "remote_compute of layer " + std::to_string(layer) +
                     " in a WaS step; use fetch_layer, the mode is fixed when a step begins",
                 {.rank = pool_->backend().rank(), .layer = layer});
-  requester_->compute(stream, layer, op, x, rows, y);
+  channel_->compute(stream, layer, op, x, rows, y);
 }
 
 RuntimeStats Runtime::stats() const {
   RuntimeStats stats = stats_;
   stats.prefetcher = prefetcher_->stats();
-  if (requester_) stats.requester = requester_->stats();
-  if (service_) stats.service = service_->stats();
+  if (channel_) {
+    stats.requester = channel_->requester_stats();
+    stats.service = channel_->service_stats();
+  }
   const auto world_size = static_cast<std::size_t>(pool_->placement().world_size());
   stats.requester.requests_by_peer.resize(world_size, 0);
   stats.service.served_by_peer.resize(world_size, 0);

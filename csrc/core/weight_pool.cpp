@@ -1,7 +1,7 @@
 #include "sidp/weight_pool.hpp"
 
 #include <algorithm>
-#include <sstream>
+#include <string>
 
 #include "collective.hpp"
 #include "sidp/error.hpp"
@@ -11,13 +11,12 @@ namespace sidp {
 namespace {
 
 std::string placement_text(const Placement& placement) {
-  std::ostringstream text;
-  text << "world_size " << placement.world_size() << " ring_slots";
-  for (Rank rank = 0; rank < placement.world_size(); ++rank) text << ' ' << placement.num_slots(rank);
+  std::string text = "world_size " + std::to_string(placement.world_size()) + " ring_slots";
+  for (Rank rank = 0; rank < placement.world_size(); ++rank) text += ' ' + std::to_string(placement.num_slots(rank));
   for (LayerIndex layer = 0; layer < placement.num_layers(); ++layer)
-    text << "\nlayer " << layer << " bytes " << placement.layer_bytes(layer) << " owner " << placement.owner(layer)
-         << " offset " << placement.offset(layer);
-  return text.str();
+    text += "\nlayer " + std::to_string(layer) + " bytes " + std::to_string(placement.layer_bytes(layer)) + " owner " +
+            std::to_string(placement.owner(layer)) + " offset " + std::to_string(placement.offset(layer));
+  return text;
 }
 
 }  // namespace

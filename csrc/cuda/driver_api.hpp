@@ -29,7 +29,41 @@ struct Status {
   X(cuDeviceGetUuid_v2)               \
   X(cuDeviceTotalMem)                 \
   X(cuDeviceGetAttribute)             \
-  X(cuDeviceCanAccessPeer)
+  X(cuDeviceCanAccessPeer)            \
+  X(cuDevicePrimaryCtxRetain)         \
+  X(cuDevicePrimaryCtxRelease)        \
+  X(cuCtxGetCurrent)                  \
+  X(cuCtxSetCurrent)                  \
+  X(cuCtxGetStreamPriorityRange)      \
+  X(cuMemGetInfo)                     \
+  X(cuMemAlloc)                       \
+  X(cuMemFree)                        \
+  X(cuMemHostAlloc)                   \
+  X(cuMemFreeHost)                    \
+  X(cuMemHostGetDevicePointer)        \
+  X(cuMemHostRegister)                \
+  X(cuMemHostUnregister)              \
+  X(cuMemcpyAsync)                    \
+  X(cuMemsetD8Async)                  \
+  X(cuStreamCreateWithPriority)       \
+  X(cuStreamDestroy)                  \
+  X(cuStreamQuery)                    \
+  X(cuStreamSynchronize)              \
+  X(cuStreamWaitValue32)              \
+  X(cuStreamWriteValue32)             \
+  X(cuStreamBatchMemOp)               \
+  X(cuLibraryLoadData)                \
+  X(cuLibraryUnload)                  \
+  X(cuLibraryGetKernel)               \
+  X(cuLaunchKernel)                   \
+  X(cuLaunchHostFunc)                 \
+  X(cuEventCreate)                    \
+  X(cuEventDestroy)                   \
+  X(cuEventQuery)                     \
+  X(cuEventRecord)                    \
+  X(cuGraphInstantiate)               \
+  X(cuGraphLaunch)                    \
+  X(cuGraphExecDestroy)
 
 struct DriverApi {
   Status status;  // not ok(): every function below is null

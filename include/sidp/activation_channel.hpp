@@ -31,11 +31,16 @@ static_assert(sizeof(RequestHeader) <= kAlignment && sizeof(ReplyHeader) <= kAli
 // Request and reply slots of all ranks and the ops that may be asked for.
 class Mailbox {
  public:
-  // Collective: the op tables and max_rows are compared on all ranks, then the slots allocated.
-  Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows);
+  // Collective: the op tables, max_rows and buckets are compared on all ranks, then the slots allocated.
+  // row_buckets: the row counts that owners compute, ascending, the last one max_rows; empty: every count.
+  Mailbox(WeightPool& pool, std::vector<Op> ops, std::int64_t max_rows, std::vector<std::int64_t> row_buckets = {});
 
   [[nodiscard]] const std::vector<Op>& ops() const { return ops_; }
   [[nodiscard]] std::int64_t max_rows() const { return max_rows_; }
+  [[nodiscard]] const std::vector<std::int64_t>& row_buckets() const { return row_buckets_; }
+  // Rows that the owner computes for a request of `rows`: the smallest bucket that holds them. The result of a request
+  // has room for that many. Throws Error(kShape) for rows outside 1 .. max_rows.
+  std::int64_t bucket(LayerIndex layer, std::int64_t rows) const;
   [[nodiscard]] const SymmetricBuffer& buffer() const { return *buffer_; }
   // Bytes from the start of the owner's piece to the slot of that requester, and of the requester's to that owner's.
   [[nodiscard]] ByteCount request_offset(Rank requester) const { return request_stride_ * rank_index(requester); }
@@ -50,6 +55,7 @@ class Mailbox {
 
   std::vector<Op> ops_;
   std::int64_t max_rows_;
+  std::vector<std::int64_t> row_buckets_;
   ByteCount request_stride_ = 0;
   ByteCount reply_stride_ = 0;
   ByteCount replies_at_ = 0;
@@ -57,7 +63,7 @@ class Mailbox {
 };
 
 struct RequesterStats {
-  std::vector<std::uint64_t> requests_by_peer;  // answered by the peer
+  std::vector<std::uint64_t> requests_by_peer;  // answered by the peer; also the fallbacks where streams keep count
   std::uint64_t rows_sent = 0;
   ByteCount bytes_sent = 0;
   std::uint64_t wait_ns = 0;    // time blocked on replies
@@ -96,11 +102,36 @@ struct ServiceOptions {
   std::uint32_t test_delay_us = 0;  // tests only: sleep before answering, to play a hung owner
 };
 
+struct ChannelOptions {
+  Milliseconds deadline{30000};
+  ServiceOptions service;
+};
+
+// Both sides of CaS on one rank. Every backend's channel keeps this contract.
+class ActivationChannel {
+ public:
+  virtual ~ActivationChannel() = default;  // stops
+  // Begins to answer the other ranks.
+  virtual void start() = 0;
+  // Answers nobody from now on. The request in work is finished.
+  virtual void stop() noexcept = 0;
+  // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws.
+  virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
+                       std::byte* y) = 0;
+  // Throws Error(kDeadline) if an earlier request was never answered: the results of its step are void.
+  virtual void check() const {}
+  // False once the rank was found dead or did not answer.
+  [[nodiscard]] virtual bool available(Rank owner) const = 0;
+  [[nodiscard]] virtual RequesterStats requester_stats() const = 0;
+  [[nodiscard]] virtual ServiceStats service_stats() const = 0;
+};
+
 // Answers requests on a thread of its own, in order of arrival, one at a time, whatever the owner's engine does.
 class ComputeService {
  public:
   ComputeService(WeightPool& pool, const Mailbox& mailbox, const ServiceOptions& options);
   ~ComputeService();
+  void start();
   ComputeService(const ComputeService&) = delete;
   ComputeService& operator=(const ComputeService&) = delete;
 
@@ -121,6 +152,26 @@ class ComputeService {
   std::atomic<std::uint64_t> rows_{0};
   std::atomic<std::uint64_t> compute_ns_{0};
   std::thread thread_;
+};
+
+// The channel on a backend's flags and puts: the caller waits for each answer.
+class FlagChannel final : public ActivationChannel {
+ public:
+  FlagChannel(WeightPool& pool, const Mailbox& mailbox, const ChannelOptions& options)
+      : requester_(pool, mailbox, options.deadline), service_(pool, mailbox, options.service) {}
+  void start() override { service_.start(); }
+  void stop() noexcept override { service_.stop(); }
+  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
+               std::byte* y) override {
+    requester_.compute(stream, layer, op, x, rows, y);
+  }
+  [[nodiscard]] bool available(Rank owner) const override { return requester_.available(owner); }
+  [[nodiscard]] RequesterStats requester_stats() const override { return requester_.stats(); }
+  [[nodiscard]] ServiceStats service_stats() const override { return service_.stats(); }
+
+ private:
+  Requester requester_;
+  ComputeService service_;
 };
 
 }  // namespace sidp

@@ -54,32 +54,36 @@ class LocalBuffer {
   [[nodiscard]] virtual ByteCount bytes() const = 0;
 };
 
-// One operation of a lane. Flags are the own rank's; src may be a peer's memory.
+// One operation of a lane. Flags are the own rank's; src may be a peer's memory. kGet is a copy from a peer without a
+// direct mapping: src is the address of the same bytes in the own piece of the symmetric buffer.
 struct LaneOp {
-  enum class Kind : std::uint8_t { kWait, kCopy, kSignal };
+  enum class Kind : std::uint8_t { kWait, kCopy, kGet, kSignal };
   Kind kind;
   std::uint32_t flag = 0;
   FlagValue value = kEmpty;
-  Rank peer = -1;  // kCopy: where the bytes come from
+  Rank peer = -1;  // kCopy, kGet: where the bytes come from
   std::byte* dst = nullptr;
   const std::byte* src = nullptr;
   ByteCount bytes = 0;
 };
 
 struct LaneStats {
-  std::uint64_t copies = 0;
+  std::uint64_t copies = 0;  // that have arrived
   std::vector<ByteCount> bytes_by_peer;
-  std::uint64_t copy_ns = 0;  // time inside copies
-  std::uint64_t wait_ns = 0;  // time blocked on empty slots
+  std::uint64_t copy_ns = 0;  // time inside copies; 0 where only the device can tell
+  std::uint64_t wait_ns = 0;  // time blocked on empty slots; likewise
 };
 
-// An ordered queue of asynchronous copies that repeats its program until it is stopped: the lane drives itself, at
-// least one step ahead, and needs no hook in the engine. A signal is ordered after the copies before it (release).
+// An ordered queue of asynchronous copies that repeats its program until it is stopped, always as far ahead of the
+// consumer as there are slots, across steps. A signal is ordered after the copies before it (release).
 class Lane {
  public:
   virtual ~Lane() = default;  // stops
   virtual void stop() noexcept = 0;
   [[nodiscard]] virtual LaneStats stats() const = 0;
+  // The consumer's stream will empty the slot of this flag: that is queued. A lane that drives itself takes no notice;
+  // one of streams queues the copies that can follow. Throws Error(kDevice).
+  virtual void released(std::uint32_t) {}
 };
 
 struct LaneOptions {
@@ -91,7 +95,13 @@ struct Capabilities {
   bool stream_ordered = false;      // calls that take a Stream only enqueue
   bool direct_peer_access = false;  // SymmetricBuffer::peer() is never null
   bool memory_outlives_owner = false;
+  std::int32_t device = -1;  // ordinal of the GPU that holds all buffers; -1: host memory
 };
+
+class WeightPool;
+class Mailbox;
+class ActivationChannel;
+struct ChannelOptions;
 
 class Backend {
  public:
@@ -110,11 +120,22 @@ class Backend {
   // --- Local. Throws Error(kCapacity).
   virtual std::unique_ptr<LocalBuffer> allocate_local(ByteCount bytes, const std::string& label) = 0;
   virtual std::unique_ptr<Lane> make_lane(std::vector<LaneOp> program, const LaneOptions& options) = 0;
+  // A channel of the backend's own. nullptr: requests go through the flags and puts below (FlagChannel).
+  virtual std::unique_ptr<ActivationChannel> make_channel(WeightPool& pool, const Mailbox& mailbox,
+                                                          const ChannelOptions& options);
   virtual std::thread start_thread(const std::string& name, std::function<void()> body) = 0;
   // False once the rank has left or its process has ended, however it ended. A stopped (hung) process counts as alive.
   [[nodiscard]] virtual bool alive(Rank rank) const = 0;
   // Tells the peers that this rank no longer answers; its memory stays readable where they have mapped it.
   virtual void leave() noexcept = 0;
+  // Remembers a point of a stream, after the waits of a step; and waits, for at most the deadline, until the last such
+  // point is past: then no stream waits for this rank's lane or service any more. True where calls do not outlast a
+  // step.
+  virtual void mark_step_end(Stream) noexcept {}
+  virtual bool wait_step_end(Milliseconds) noexcept { return true; }
+  // Collective, last: frees symmetric memory once every living rank has come here. If a rank died or does not come
+  // within the deadline of the bootstrap the memory stays allocated until the process ends, and false is returned.
+  virtual bool close() { return true; }
 
   // --- Data path. On a stream-ordered backend these enqueue on `stream` and return kReady.
   // Waits until the own flag equals `expected` (acquire).

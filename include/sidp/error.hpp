@@ -21,6 +21,7 @@ enum class ErrorCode : std::uint8_t {
   kPeerDead,          // a rank of the group died
   kUnsupported,       // the backend lacks the capability
   kRemoteOp,          // the owner's op failed
+  kDevice,            // a call of the GPU's driver failed
 };
 
 // Name of the Python class that mirrors the code, e.g. "DeadlineError".

@@ -25,7 +25,11 @@ class Prefetcher {
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
 
-  void begin_step();
+  // captured: the calls of this step go into a graph and nothing happens now; forget_step() ends it.
+  void begin_step(bool captured = false);
+  // The step was one launch, queued by now, of a graph that fetches and releases every streamed layer.
+  void replayed_step();
+  void forget_step();
   // The layer's bytes in the ring, valid until release(). Layers come in the order of the pool and each once a step:
   // Error(kUsage) otherwise, and Error(kUsage) instead of a deadlock if the layer that holds the slot was not released.
   // Throws Error(kDeadline) when the lane does not fill the slot in time.
@@ -46,13 +50,15 @@ class Prefetcher {
     bool held = false;
   };
   Use* find(LayerIndex layer);
+  void empty_slot(Stream stream, const RingEntry& entry);
   void wait_full(Stream stream, const RingEntry& entry);
 
   WeightPool& pool_;
   Milliseconds deadline_;
   std::vector<Use> uses_;                // in order of use
   std::vector<LayerIndex> slot_holder_;  // layer held by the consumer, or -1
-  std::size_t next_ = 0;                 // position of the next fetch in this step
+  bool captured_ = false;
+  std::size_t next_ = 0;  // position of the next fetch in this step
   PrefetcherStats stats_;
   std::unique_ptr<Lane> lane_;
 };

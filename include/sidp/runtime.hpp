@@ -14,15 +14,24 @@
 namespace sidp {
 
 struct RuntimeOptions {
-  Milliseconds deadline{30000};  // of every wait in a step
-  std::int64_t max_rows = 0;     // of a request; 0 with no ops
-  ByteCount row_bytes = 0;       // see StepShape
+  Milliseconds deadline{30000};           // of every wait in a step
+  std::int64_t max_rows = 0;              // of a request; 0 with no ops
+  std::vector<std::int64_t> row_buckets;  // see Mailbox
+  bool deferred_start = false;            // answer requests only once start() was called
+  ByteCount row_bytes = 0;                // see StepShape
   std::int32_t ops_per_layer = 0;
   std::int32_t element_bytes = 4;
   PolicyConfig policy;
   MachineProfile profile;
   LaneOptions lane;        // tests only
   ServiceOptions service;  // tests only
+};
+
+// How the calls of a step reach the device. On a backend that is not stream-ordered every step runs.
+enum class StepKind : std::uint8_t {
+  kRun,      // as they are made
+  kCapture,  // into a graph that is being captured; nothing runs and nothing is counted
+  kReplay,   // by launching such a graph of the same mode, once: no calls are made
 };
 
 struct RuntimeStats {
@@ -45,8 +54,13 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
-  // Begins a step of num_tokens rows and fixes its mode. Throws Error(kUsage) inside another step.
-  Decision begin_step(std::int64_t num_tokens);
+  // Collective after deferred_start: every rank's ops are in place.
+  void start();
+
+  // Begins a step of num_tokens rows and fixes its mode, which is the policy's, or `mode` when capturing. Throws
+  // Error(kUsage) inside another step, Error(kDeadline) if a stream-ordered request of an earlier step was never
+  // answered, Error(kDevice).
+  Decision begin_step(std::int64_t num_tokens, StepKind kind = StepKind::kRun, std::optional<Mode> mode = {});
   // Ends it. broken_off: what the step did not use is consumed unread, so that the next step finds the lane in order;
   // otherwise a WaS step that skipped layers throws Error(kUsage) after the same.
   void end_step(Stream stream, bool broken_off);
@@ -60,6 +74,7 @@ class Runtime {
 
   [[nodiscard]] const WeightPool& pool() const { return *pool_; }
   [[nodiscard]] const Mailbox* mailbox() const { return mailbox_.get(); }
+  [[nodiscard]] ActivationChannel* channel() const { return channel_.get(); }
   [[nodiscard]] RuntimeStats stats() const;
   // Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.
   void close() noexcept;
@@ -75,13 +90,13 @@ class Runtime {
   StepShape shape_;
   std::vector<Rank> owners_;  // of streamed layers
   std::unique_ptr<Mailbox> mailbox_;
-  std::unique_ptr<Requester> requester_;
   std::unique_ptr<Prefetcher> prefetcher_;
-  std::unique_ptr<ComputeService> service_;
+  std::unique_ptr<ActivationChannel> channel_;
   RuntimeStats stats_;
   bool closed_ = false;
   bool in_step_ = false;
   bool lane_failed_ = false;  // a fetch outlived its deadline: the ring's state is unknown
+  StepKind kind_ = StepKind::kRun;
   Decision decision_{};
   std::optional<Mode> previous_;
   std::int64_t step_tokens_ = 0;

@@ -27,6 +27,10 @@ class WeightPool {
   [[nodiscard]] std::byte* local_layer(LayerIndex layer) const;
   // First byte of a streamed layer at its owner as mapped here, or nullptr without a direct mapping.
   [[nodiscard]] const std::byte* peer_layer(LayerIndex layer) const;
+  // Where the layer would lie in this rank's own piece: how a transport without mappings names the owner's bytes.
+  [[nodiscard]] const std::byte* symmetric_layer(LayerIndex layer) const {
+    return owned_->local() + placement_.offset(layer);
+  }
   [[nodiscard]] std::byte* ring() const;  // ring_bytes(rank) bytes; nullptr if nothing is streamed
 
   // Collective: this rank's layers are final; returns when all ranks' are. Owned and resident layers must not be

@@ -7,7 +7,7 @@ are read straight into place. Nothing is memory-mapped.
 
 from .checkpoint import Checkpoint, TensorEntry
 from .gguf_cache import tokenizer_dir
-from .loader import LoadReport, Progress, load_layers
+from .loader import LoadReport, Progress, load_layers, load_layers_staged
 from .progress import rich_progress
 from .source import CheckpointSource
 
@@ -18,6 +18,7 @@ __all__ = [
     "Progress",
     "TensorEntry",
     "load_layers",
+    "load_layers_staged",
     "rich_progress",
     "tokenizer_dir",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -26,7 +27,7 @@ def compute_every_step(context: RankContext, backend: str, model: dict[str, Any]
         streamed = replica.streamed
         stats = replica.settled_stats(len(replica.head()))  # the head of the first step, and nothing since
         assert stats["bytes_by_peer"] == replica.bytes_by_peer(replica.head())
-        row_bytes = replica.model.rows(1).nbytes
+        row_bytes = replica.rows(1).nbytes
         assert stats["request_rows"] == sum(rows) * len(streamed)
         assert stats["request_bytes"] == sum(rows) * len(streamed) * row_bytes
         assert stats["fallbacks"] == stats["served_failed"] == stats["fetches"] == 0
@@ -36,7 +37,8 @@ def compute_every_step(context: RankContext, backend: str, model: dict[str, Any]
         owners = [replica.pool.placement.owner(layer) for layer in streamed]
         expected = [len(rows) * owners.count(rank) for rank in range(context.world_size)]
         assert stats["requests_by_peer"] == expected
-        assert (stats["reply_wait_ns"] > 0) == bool(streamed)
+        # a stream's wait is not the host's
+        assert (stats["reply_wait_ns"] > 0) == (bool(streamed) and backend == "host")
         return stats
 
 
@@ -67,7 +69,7 @@ def test_products_large_enough_for_blocked_kernels(backend: str) -> None:
 def two_outputs(context: RankContext, backend: str) -> None:
     with open_replica(context, mode="cas", backend=backend, ops=("mlp", "pair")) as replica:
         for rows in (1, 4, 16):
-            x = replica.model.rows(rows, rows)
+            x = replica.rows(rows, rows)
             with replica.runtime.step(num_tokens=rows):
                 for layer in replica.streamed:
                     result = replica.runtime.remote_compute(layer, "pair", x)
@@ -94,12 +96,12 @@ def odd_inputs(context: RankContext, backend: str) -> None:
     with open_replica(context, mode="cas", backend=backend) as replica:
         layer = replica.streamed[0]
         expected_of = replica.reference[layer]
-        wide = torch.cat([replica.model.rows(4), replica.model.rows(4, 1)], dim=1)
+        wide = torch.cat([replica.rows(4), replica.rows(4, 1)], dim=1)
         strided = wide[:, : replica.model.hidden]
         assert not strided.is_contiguous()
-        wants_grad = replica.model.rows(4).requires_grad_()
+        wants_grad = replica.rows(4).requires_grad_()
         with replica.runtime.step(num_tokens=4):
-            for x in (strided, wants_grad, replica.model.rows(4).t().contiguous().t()):
+            for x in (strided, wants_grad, replica.rows(4).t().contiguous().t()):
                 y = one(replica.runtime.remote_compute(layer, "mlp", x))
                 assert not y.requires_grad
                 assert torch.equal(y, mlp(expected_of, x.detach().contiguous()))
@@ -114,7 +116,9 @@ def test_rows_in_any_layout(backend: str) -> None:
 def switch_every_step(context: RankContext, backend: str) -> dict[str, Any]:
     """The policy is not asked: each step's mode is set by swapping the decision's input, the row count."""
     modes = []
-    with open_replica(context, backend=backend, max_rows=8) as replica:
+    # on such a link one row is cheaper sent than the layers fetched
+    profile = dataclasses.replace(PROFILE, copy_bytes_per_s=1e6)
+    with open_replica(context, backend=backend, max_rows=8, profile=profile) as replica:
         for seed in range(12):
             # more rows than a slot: WaS for sure; else what the estimates say
             modes.append(replica.step(rows=9 if seed % 2 else 1, seed=seed))
@@ -139,9 +143,9 @@ def look_up(w: Weights, x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(x[:, 0], w["table"])
 
 
-def owner_fails(context: RankContext, backend: str) -> dict[str, Any]:
+def owner_fails(context: RankContext) -> dict[str, Any]:
     layers = [sidp.LayerSpec(f"l{i}", (sidp.TensorSpec(f"l{i}.table", (10, 4), "float32"),)) for i in range(2)]
-    with context.group(backend=backend) as group:
+    with context.group() as group:
         placement = sidp.Placement.by_layer([layer.num_bytes for layer in layers], 2)
         pool = sidp.WeightPool(group, layers, placement)
         for i in pool.local_layers:
@@ -163,8 +167,9 @@ def owner_fails(context: RankContext, backend: str) -> dict[str, Any]:
             return runtime.stats()
 
 
-def test_an_op_that_fails_at_its_owner_is_reported_and_serving_goes_on(backend: str) -> None:
-    stats = run_ranks(owner_fails, 2, backend=backend)
+def test_an_op_that_fails_at_its_owner_is_reported_and_serving_goes_on() -> None:
+    """On the host: a kernel that fails on a GPU takes its process's context with it."""
+    stats = run_ranks(owner_fails, 2)
     assert [s["served_failed"] for s in stats] == [1, 1]
     assert [s["fallbacks"] for s in stats] == [0, 0]
 
@@ -172,10 +177,10 @@ def test_an_op_that_fails_at_its_owner_is_reported_and_serving_goes_on(backend: 
 def slow_owner(context: RankContext, backend: str) -> float:
     with open_replica(context, mode="cas", backend=backend, test_service_delay_us=20_000) as replica:
         start = time.monotonic()
-        replica.step()
+        replica.step()  # compares results, so the stream has run too
         seconds = time.monotonic() - start
         stats = replica.runtime.stats()
-        assert stats["reply_wait_ns"] >= 20e6 * len(replica.streamed)
+        assert backend != "host" or stats["reply_wait_ns"] >= 20e6 * len(replica.streamed)
         assert stats["fallbacks"] == 0
         return seconds
 

@@ -23,6 +23,7 @@ from sidp_runtime.errors import (
 )
 
 OPS = ("mlp", "pair")
+NO_STREAM = "no streams|is not a CUDA stream"
 
 
 def misuse_was(context: RankContext, backend: str) -> None:
@@ -67,7 +68,7 @@ def misuse_was(context: RankContext, backend: str) -> None:
                     replica.assert_layer(local, replica.fetch(local))
                 runtime.release_layer(local)
                 with pytest.raises(UnknownNameError, match="was not declared"):
-                    runtime.remote_compute(d, "mlp", replica.model.rows(1))
+                    runtime.remote_compute(d, "mlp", replica.rows(1))
                 replica.assert_layer(d, replica.fetch(d))
                 runtime.release_layer(d)
                 with pytest.raises(UsageError, match="next comes the end of the step"):
@@ -75,10 +76,10 @@ def misuse_was(context: RankContext, backend: str) -> None:
                 for layer in (-1, 8):
                     with pytest.raises(UnknownNameError, match=f"layer {layer} is not one of"):
                         runtime.fetch_layer(layer)
-                with pytest.raises(ConfigError, match="no streams"):
+                with pytest.raises(ConfigError, match=NO_STREAM):
                     runtime.fetch_layer(local, stream=object())
-        with pytest.raises(ConfigError, match="no streams"):
-            runtime.step(num_tokens=1, stream=0)
+        with pytest.raises(ConfigError, match=NO_STREAM):
+            runtime.step(num_tokens=1, stream="fast")
         assert runtime.stats()["steps"]["was"] == 2
         replica.step()
 
@@ -115,9 +116,9 @@ def test_a_step_that_skips_a_layer_is_refused_and_the_next_is_right(backend: str
 
 def misuse_cas(context: RankContext, backend: str) -> None:
     with open_replica(context, mode="cas", backend=backend, ops=OPS, max_rows=4) as replica:
-        runtime, model = replica.runtime, replica.model
+        runtime = replica.runtime
         layer, local = replica.streamed[0], replica.pool.local_layers[0]
-        x = model.rows(3)
+        x = replica.rows(3)
         with pytest.raises(UsageError, match="outside a step"):
             runtime.remote_compute(layer, "mlp", x)
         wrong: list[Any] = [
@@ -126,7 +127,7 @@ def misuse_cas(context: RankContext, backend: str) -> None:
             x[0],
             x[None],
             torch.empty_like(x, device="meta"),
-            model.rows(5),
+            replica.rows(5),
             x[:0],
         ]
         with runtime.step(num_tokens=3):
@@ -134,7 +135,7 @@ def misuse_cas(context: RankContext, backend: str) -> None:
                 with pytest.raises(ShapeError):
                     runtime.remote_compute(layer, "mlp", rows)
             with pytest.raises(ShapeError, match="was given 5 rows; a slot holds 1 to 4: raise max_rows") as caught:
-                runtime.remote_compute(layer, "mlp", model.rows(5))
+                runtime.remote_compute(layer, "mlp", replica.rows(5))
             assert (caught.value.expected, caught.value.seen, caught.value.layer) == (4, 5, layer)
             with pytest.raises(UnknownNameError, match="'nothing' was not declared; the ops are: mlp, pair"):
                 runtime.remote_compute(layer, "nothing", x)
@@ -144,8 +145,8 @@ def misuse_cas(context: RankContext, backend: str) -> None:
                 runtime.remote_compute(local, "mlp", x)
             with pytest.raises(UsageError, match="in a CaS step; use remote_compute"):
                 runtime.fetch_layer(layer)
-            with pytest.raises(ConfigError, match="no streams"):
-                runtime.remote_compute(layer, "mlp", x, stream=1)
+            with pytest.raises(ConfigError, match=NO_STREAM):
+                runtime.remote_compute(layer, "mlp", x, stream=1.0)
         replica.step()
         context.meet("stepped")
         assert runtime.stats()["served_failed"] == runtime.stats()["fallbacks"] == 0
@@ -159,7 +160,7 @@ def wrong_mode(context: RankContext, backend: str) -> None:
     with open_replica(context, mode="was", backend=backend) as replica:
         replica.runtime.begin_step(1)
         with pytest.raises(UsageError, match="in a WaS step; use fetch_layer"):
-            replica.runtime.remote_compute(replica.streamed[0], "mlp", replica.model.rows(1))
+            replica.runtime.remote_compute(replica.streamed[0], "mlp", replica.rows(1))
         replica.runtime.end_step(broken_off=True)
         replica.step()
 
@@ -235,11 +236,9 @@ def test_misuse_of_the_pool_is_refused(backend: str) -> None:
     run_ranks(misuse_pool, 2, backend=backend)
 
 
-def late_lane(context: RankContext, backend: str) -> None:
+def late_lane(context: RankContext) -> None:
     """The lane needs 0.6 s a layer, the fetch waits 0.05 s."""
-    with open_replica(
-        context, mode="was", ops=(), backend=backend, runtime_deadline_ms=50, test_lane_delay_us=600_000
-    ) as replica:
+    with open_replica(context, mode="was", ops=(), runtime_deadline_ms=50, test_lane_delay_us=600_000) as replica:
         layer = replica.streamed[0]
         with pytest.raises(DeadlineError, match=f"for layer {layer} .* slot 0 is still empty") as caught:
             use(replica.runtime, [layer], [])
@@ -259,18 +258,18 @@ def refused(replica: Replica) -> None:
         pass
 
 
-def test_a_fetch_past_its_deadline_names_everything_and_ends_the_runtime(backend: str) -> None:
-    run_ranks(late_lane, 2, backend=backend)
+def test_a_fetch_past_its_deadline_names_everything_and_ends_the_runtime() -> None:
+    """On the host; a GPU's fetch only enqueues, and waits for nothing but its own lane."""
+    run_ranks(late_lane, 2)
 
 
-def late_drain(context: RankContext, backend: str) -> None:
+def late_drain(context: RankContext) -> None:
     """As above, but the wait that runs out is the one that tidies up after a step that broke off."""
     with open_replica(
         context,
         SyntheticModel(num_layers=6),
         mode="was",
         ops=(),
-        backend=backend,
         runtime_deadline_ms=50,
         test_lane_delay_us=600_000,
     ) as replica:
@@ -279,8 +278,8 @@ def late_drain(context: RankContext, backend: str) -> None:
         refused(replica)
 
 
-def test_a_drain_past_its_deadline_ends_the_runtime(backend: str) -> None:
-    run_ranks(late_drain, 2, backend=backend)
+def test_a_drain_past_its_deadline_ends_the_runtime() -> None:
+    run_ranks(late_drain, 2)
 
 
 def second_runtime(context: RankContext, backend: str) -> str:

@@ -88,12 +88,10 @@ def test_resident_layers_do_not_move(backend: str, world_size: int, resident: li
     run_ranks(residents, world_size, backend=backend, resident=resident)
 
 
-def count_hits(context: RankContext, backend: str) -> None:
+def count_hits(context: RankContext) -> None:
     slots = 2
     model = SyntheticModel(num_layers=8)  # four streamed, a multiple of the slots: the lane is two ahead
-    with open_replica(
-        context, model, mode="was", ops=(), backend=backend, ring_slots=slots, test_lane_delay_us=100_000
-    ) as replica:
+    with open_replica(context, model, mode="was", ops=(), ring_slots=slots, test_lane_delay_us=100_000) as replica:
         streamed = replica.streamed
         replica.settled_stats(slots)  # the head of the first step streams at once
         with replica.runtime.step(num_tokens=1):
@@ -114,8 +112,9 @@ def count_hits(context: RankContext, backend: str) -> None:
         assert stats["copy_ns"] > stats["copies"] * 99e6
 
 
-def test_ring_hits_and_waits_are_counted(backend: str) -> None:
-    run_ranks(count_hits, 2, backend=backend)
+def test_ring_hits_and_waits_are_counted() -> None:
+    """On the host, where the caller waits; on a GPU its stream does, and nobody counts."""
+    run_ranks(count_hits, 2)
 
 
 def hold_a_layer(context: RankContext, backend: str) -> None:
@@ -185,8 +184,8 @@ def test_a_step_that_raises_leaves_the_ring_in_order(backend: str) -> None:
     run_ranks(break_off, 2, backend=backend)
 
 
-def views_after_close(context: RankContext, backend: str) -> None:
-    with open_replica(context, mode="was", ops=(), backend=backend) as replica:
+def views_after_close(context: RankContext) -> None:
+    with open_replica(context, mode="was", ops=()) as replica:
         tensors = {i: replica.model.short(i, replica.pool.layer_view(i)) for i in replica.pool.local_layers}
         ring = [replica.runtime.views(i) for i in replica.streamed]
         buffers = [replica.pool.buffer(i) for i in replica.pool.local_layers]
@@ -200,8 +199,9 @@ def views_after_close(context: RankContext, backend: str) -> None:
     replica.runtime.close()
 
 
-def test_tensors_outlive_close(backend: str) -> None:
-    run_ranks(views_after_close, 2, backend=backend)
+def test_tensors_outlive_close() -> None:
+    """On the host; on a GPU closing frees the memory of all ranks at once."""
+    run_ranks(views_after_close, 2)
 
 
 def late_publisher(context: RankContext, backend: str) -> list[float]:

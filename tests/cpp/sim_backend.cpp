@@ -117,6 +117,8 @@ class SimLane final : public Lane {
             ++stats_.copies;
             stats_.bytes_by_peer[at(op.peer)] += op.bytes;
             break;
+          case LaneOp::Kind::kGet:
+            break;  // never asked for: every peer is mapped
           case LaneOp::Kind::kSignal:
             backend_.signal({}, {backend_.rank(), op.flag}, op.value);
             break;

@@ -57,7 +57,15 @@ class RankContext:
         """The store of the test's process."""
         return _torch.connect_store("127.0.0.1", self.port, 10_000)
 
-    def group(self, *, deadline_ms: int = 10_000, store: Store | None = None, backend: str = "host") -> sidp.Group:
+    def device(self, backend: str) -> torch.device:
+        """Where a backend's pool lies: ranks share the GPUs in turn, so one GPU is enough for tests of two."""
+        if backend == "host":
+            return torch.device("cpu")
+        return torch.device("cuda", self.rank % torch.cuda.device_count())
+
+    def group(
+        self, *, deadline_ms: int = 10_000, store: Store | None = None, backend: str = "host", **arguments: Any
+    ) -> sidp.Group:
         """The group of this run; collective."""
         return sidp.Group(
             self.rank,
@@ -66,6 +74,8 @@ class RankContext:
             backend=backend,
             token=self.token,
             deadline_ms=deadline_ms,
+            device=self.device(backend).index,
+            **arguments,
         )
 
     def mark(self, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,9 +31,18 @@ class Replica:
     pool: sidp.WeightPool
     runtime: sidp.Runtime
 
+    @property
+    def device(self) -> torch.device:
+        return self.context.device(self.group.backend)
+
     @cached_property
     def reference(self) -> list[dict[str, torch.Tensor]]:
-        return [self.model.weights(layer) for layer in range(self.model.num_layers)]
+        layers = [self.model.weights(layer) for layer in range(self.model.num_layers)]
+        # not .to(): it would drop the strides
+        return [{k: torch.empty_like(t, device=self.device).copy_(t) for k, t in w.items()} for w in layers]
+
+    def rows(self, count: int, seed: int = 0) -> torch.Tensor:
+        return self.model.rows(count, seed).to(self.device)
 
     @property
     def streamed(self) -> list[int]:
@@ -52,7 +61,7 @@ class Replica:
 
     def step(self, *, rows: int = 3, seed: int = 0, between: Callable[[int], None] | None = None) -> str:
         """A checked forward pass in the step's mode: every layer's bytes, every result bit for bit. The mode."""
-        x = expected = self.model.rows(rows, seed)
+        x = expected = self.rows(rows, seed)
         with self.runtime.step(num_tokens=rows) as step:
             mode = step.mode
             for layer in range(self.model.num_layers):
@@ -106,19 +115,25 @@ def open_replica(
     deadline_ms: int = 10_000,
     runtime_deadline_ms: int | None = None,
     backend: str = "host",
+    profile: sidp.MachineProfile = PROFILE,
+    group_arguments: Mapping[str, Any] | None = None,
     meet_at_end: bool = True,
     **runtime_arguments: Any,
 ) -> Iterator[Replica]:
     """A filled and published pool and its runtime, closed at the end, by default once all ranks got there."""
     model = model or SyntheticModel()
-    with context.group(deadline_ms=deadline_ms, backend=backend) as group:
+    if backend != "host":
+        deadline_ms = max(deadline_ms, 30_000)  # several tests may start their processes on one GPU
+    with context.group(deadline_ms=deadline_ms, backend=backend, **(group_arguments or {})) as group:
         placement = model.placement(context.world_size, ring_slots=ring_slots, resident_layers=resident_layers)
+        if backend != "host" and ops:
+            runtime_arguments.setdefault("row_buckets", range(1, max_rows + 1))  # every count: results are bit-equal
         with sidp.WeightPool(group, model.layers(), placement) as pool:
             model.fill(pool)
             pool.publish()
             with sidp.Runtime(
                 pool,
-                policy=sidp.ModePolicy(PROFILE, fixed=MODES[mode]),
+                policy=sidp.ModePolicy(profile, fixed=MODES[mode]),
                 ops=model.ops(ops),
                 max_rows=max_rows,
                 deadline_ms=runtime_deadline_ms,

@@ -133,7 +133,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts measurements, which give ``MEASURED``."""
     calls: list[int] = []
 
-    def measure(_: type[MachineProfile]) -> MachineProfile:
+    def measure(_: type[MachineProfile], device: int | None = None) -> MachineProfile:
+        assert device is None
         calls.append(1)
         return MEASURED
 

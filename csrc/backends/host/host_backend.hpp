@@ -47,6 +47,12 @@ class HostBackend final : public Backend {
                      const std::atomic<bool>& stop) override;
   void interrupt() noexcept override;
 
+  // For a backend that keeps its host words here: a rank's control segment, and a flag's word in it.
+  [[nodiscard]] const SharedSegment& control(Rank rank) const { return *control_[static_cast<std::size_t>(rank)]; }
+  [[nodiscard]] std::uint32_t* flag_word(FlagRef ref) const {
+    return reinterpret_cast<std::uint32_t*>(&flag(ref).value);
+  }
+
  private:
   // A rank's control segment: word 0 is the bell, rung with every signal to that rank; the flags follow.
   [[nodiscard]] Flag& bell(Rank rank) const;

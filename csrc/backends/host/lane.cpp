@@ -51,6 +51,8 @@ void HostLane::run() {
           bytes_by_peer_[static_cast<std::size_t>(op.peer)].fetch_add(op.bytes, std::memory_order_relaxed);
           copy_ns_.fetch_add(ns_since(start), std::memory_order_relaxed);
           break;
+        case LaneOp::Kind::kGet:
+          break;  // never asked for: every peer is mapped
         case LaneOp::Kind::kSignal:
           backend_.signal({}, {backend_.rank(), op.flag}, op.value);
           break;

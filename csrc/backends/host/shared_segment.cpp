@@ -8,8 +8,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <limits>
 
 #include "sidp/error.hpp"
@@ -22,9 +22,11 @@ std::string last_error() { return std::strerror(errno); }
 
 // MemAvailable of this machine, or no limit if it cannot be read.
 ByteCount available_bytes() {
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string line; std::getline(meminfo, line);)
-    if (line.starts_with("MemAvailable:")) return std::stoull(line.substr(13)) * 1024;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> meminfo(std::fopen("/proc/meminfo", "re"), std::fclose);
+  char line[256];
+  unsigned long long kib = 0;
+  while (meminfo && std::fgets(line, sizeof line, meminfo.get()) != nullptr)
+    if (std::sscanf(line, "MemAvailable: %llu", &kib) == 1) return ByteCount{kib} * 1024;
   return std::numeric_limits<ByteCount>::max();
 }
 

@@ -1,0 +1,112 @@
+#include "copy_lane.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+namespace sidp::nvshmem {
+
+namespace {
+
+constexpr Milliseconds kStopDeadline{10000};
+
+void sleep_on_stream(void* options) {
+  std::this_thread::sleep_for(std::chrono::microseconds(static_cast<const LaneOptions*>(options)->test_delay_us));
+}
+
+}  // namespace
+
+CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride,
+                   Rank world_size, std::vector<LaneOp> program, const LaneOptions& options)
+    : device_(device),
+      nvshmem_(nvshmem),
+      flags_(flags),
+      flag_stride_(flag_stride),
+      program_(std::move(program)),
+      options_(options),
+      arrived_(device, 1),
+      stream_(device, DeviceStream::Priority::kLane),
+      pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
+  std::uint32_t last_flag = 0;
+  for (const LaneOp& op : program_) {
+    last_flag = std::max(last_flag, op.flag);
+    if (op.kind != LaneOp::Kind::kCopy && op.kind != LaneOp::Kind::kGet) continue;
+    copies_.push_back(op);
+    pass_bytes_by_peer_[static_cast<std::size_t>(op.peer)] += op.bytes;
+  }
+  empty_.assign(last_flag + 1, true);
+  device_.make_current();
+  queue_next();
+}
+
+CopyLane::~CopyLane() { stop(); }
+
+void CopyLane::released(std::uint32_t flag) {
+  empty_[flag] = true;
+  queue_next();
+}
+
+void CopyLane::queue_next() {
+  const auto& api = device_.api();
+  while (!stopped_ && empty_[program_[next_].flag]) {
+    empty_[program_[next_].flag] = false;
+    do {
+      const LaneOp& op = program_[next_];
+      switch (op.kind) {
+        case LaneOp::Kind::kWait:
+          device_.check(api.cuStreamWaitValue32(stream_.get(), flag(op.flag), op.value, CU_STREAM_WAIT_VALUE_EQ),
+                        "cuStreamWaitValue32");
+          if (options_.test_delay_us > 0)
+            device_.check(api.cuLaunchHostFunc(stream_.get(), sleep_on_stream, &options_), "cuLaunchHostFunc");
+          break;
+        case LaneOp::Kind::kCopy:
+          device_.check(api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()),
+                        "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer));
+          ++queued_;
+          break;
+        case LaneOp::Kind::kGet:
+          nvshmem_.getmem_on_stream(op.dst, op.src, op.bytes, op.peer, stream_.get());
+          ++queued_;
+          break;
+        case LaneOp::Kind::kSignal: {
+          // In this order: what a full flag promises has arrived, and is counted only then.
+          CUstreamBatchMemOpParams both[2] = {};
+          both[0].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                                .address = flag(op.flag),
+                                .value = op.value,
+                                .flags = 0,
+                                .alias = 0};
+          both[1].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                                .address = arrived_.on_device(0),
+                                .value = queued_,
+                                .flags = 0,
+                                .alias = 0};
+          device_.check(api.cuStreamBatchMemOp(stream_.get(), 2, both, 0), "cuStreamBatchMemOp");
+          break;
+        }
+      }
+      next_ = (next_ + 1) % program_.size();
+    } while (program_[next_].kind != LaneOp::Kind::kWait);
+  }
+}
+
+void CopyLane::stop() noexcept {
+  stopped_ = true;
+  device_.make_current_for_cleanup();
+  const auto start = Clock::now();
+  while (!stream_.idle() && Clock::now() - start < kStopDeadline)
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+}
+
+LaneStats CopyLane::stats() const {
+  const std::lock_guard lock(mutex_);
+  arrived_total_ += static_cast<std::uint32_t>(arrived_.load(0) - static_cast<std::uint32_t>(arrived_total_));
+  LaneStats stats{.copies = arrived_total_, .bytes_by_peer = pass_bytes_by_peer_, .copy_ns = 0, .wait_ns = 0};
+  const std::uint64_t passes = arrived_total_ / copies_.size();
+  for (ByteCount& bytes : stats.bytes_by_peer) bytes *= passes;
+  for (std::uint64_t i = 0; i < arrived_total_ % copies_.size(); ++i)
+    stats.bytes_by_peer[static_cast<std::size_t>(copies_[i].peer)] += copies_[i].bytes;
+  return stats;
+}
+
+}  // namespace sidp::nvshmem

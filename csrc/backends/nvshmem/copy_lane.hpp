@@ -1,0 +1,53 @@
+// A lane on a copy engine: one stream on which waits for empty slots, copies and full flags are queued by stream memory
+// operations (CUDA driver API, "Stream Memory Operations"). No kernel runs for it, except inside NVSHMEM's own gets.
+//
+// A copy is queued when the release of its slot has been queued, by the thread that queued the release. So whatever a
+// stream waits for is queued already, as with events. A stream that waited for work that a thread still has to queue
+// would hang the process as soon as the engine makes a call that holds the context until its streams are idle: loading
+// a module at a kernel's first launch, cudaDeviceSynchronize, cudaFree.
+#pragma once
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "device.hpp"
+#include "nvshmem_api.hpp"
+
+namespace sidp::nvshmem {
+
+class CopyLane final : public Lane {
+ public:
+  // flags: the own words on the device, one each `flag_stride` bytes. All slots are empty, and their copies are queued.
+  CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride, Rank world_size,
+           std::vector<LaneOp> program, const LaneOptions& options);
+  ~CopyLane() override;
+
+  // Once the copies that are queued have arrived, or given up after ten seconds.
+  void stop() noexcept override;
+  void released(std::uint32_t flag) override;
+  [[nodiscard]] LaneStats stats() const override;
+
+ private:
+  void queue_next();
+  [[nodiscard]] CUdeviceptr flag(std::uint32_t index) const { return flags_ + index * flag_stride_; }
+
+  const Device& device_;
+  const NvshmemApi& nvshmem_;
+  CUdeviceptr flags_;
+  ByteCount flag_stride_;
+  std::vector<LaneOp> program_;
+  LaneOptions options_;
+  std::vector<LaneOp> copies_;  // of one pass of the program, in order
+  std::vector<bool> empty_;     // by flag: its release is queued, and no copy has taken the slot since
+  std::size_t next_ = 0;        // position of the next wait in the program
+  std::uint32_t queued_ = 0;    // copies, low 32 bits
+  bool stopped_ = false;
+  HostWords arrived_;  // word 0: low 32 bits of the number of copies that have arrived
+  DeviceStream stream_;
+  std::vector<ByteCount> pass_bytes_by_peer_;
+  mutable std::mutex mutex_;
+  mutable std::uint64_t arrived_total_ = 0;  // arrived_ without the wrap; under mutex_
+};
+
+}  // namespace sidp::nvshmem

@@ -1,0 +1,111 @@
+#include "device.hpp"
+
+#include <atomic>
+#include <cstring>
+
+#include "sidp/error.hpp"
+
+namespace sidp::nvshmem {
+
+Device::Device(int ordinal) : api_(cuda::driver_api()), ordinal_(ordinal) {
+  if (!api_.status.ok()) throw Error(ErrorCode::kUnsupported, api_.status.reason);
+  check(api_.cuInit(0), "cuInit");
+  check(api_.cuDeviceGet(&device_, ordinal), "cuDeviceGet");
+  check(api_.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
+}
+
+Device::~Device() { api_.cuDevicePrimaryCtxRelease(device_); }
+
+void Device::make_current() const {
+  CUcontext current = nullptr;
+  api_.cuCtxGetCurrent(&current);
+  if (current != context_) check(api_.cuCtxSetCurrent(context_), "cuCtxSetCurrent");
+}
+
+void Device::make_current_for_cleanup() const noexcept { api_.cuCtxSetCurrent(context_); }
+
+void Device::check(CUresult result, const std::string& what) const {
+  if (result == CUDA_SUCCESS) return;
+  throw Error(result == CUDA_ERROR_OUT_OF_MEMORY ? ErrorCode::kCapacity : ErrorCode::kDevice,
+              cuda::check(api_, result, what).reason + " on device " + std::to_string(ordinal_));
+}
+
+DeviceStream::DeviceStream(const Device& device, Priority priority) : device_(device) {
+  device.make_current();
+  int lowest = 0, highest = 0;
+  device.check(device.api().cuCtxGetStreamPriorityRange(&lowest, &highest), "cuCtxGetStreamPriorityRange");
+  // Numerically lower is more urgent.
+  const int chosen = priority == Priority::kDefault ? lowest : priority == Priority::kLane ? highest + 1 : highest;
+  device.check(device.api().cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, chosen),
+               "cuStreamCreateWithPriority");
+}
+
+DeviceStream::~DeviceStream() {
+  device_.make_current_for_cleanup();
+  device_.api().cuStreamDestroy(stream_);
+}
+
+bool DeviceStream::idle() const { return device_.api().cuStreamQuery(stream_) != CUDA_ERROR_NOT_READY; }
+
+void DeviceStream::synchronize() const {
+  device_.check(device_.api().cuStreamSynchronize(stream_), "cuStreamSynchronize");
+}
+
+void DeviceStream::write(CUdeviceptr word, std::uint32_t value) const {
+  device_.check(device_.api().cuStreamWriteValue32(stream_, word, value, 0), "cuStreamWriteValue32");
+}
+
+DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label)
+    : device_(device), bytes_(bytes) {
+  device.make_current();
+  const CUresult result = device.api().cuMemAlloc(&memory_, bytes);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+    std::size_t free = 0, total = 0;
+    device.api().cuMemGetInfo(&free, &total);
+    throw Error(ErrorCode::kCapacity,
+                label + ": " + std::to_string(bytes) + " bytes do not fit on device " +
+                    std::to_string(device.ordinal()) + ", which has " + std::to_string(free) + " of " +
+                    std::to_string(total) + " free",
+                {.num_bytes = static_cast<std::int64_t>(bytes)});
+  }
+  device.check(result, "cuMemAlloc of " + std::to_string(bytes) + " bytes");
+  try {
+    const DeviceStream stream(device, DeviceStream::Priority::kDefault);
+    device.check(device.api().cuMemsetD8Async(memory_, 0, bytes, stream.get()), "cuMemsetD8Async");
+    stream.synchronize();
+  } catch (...) {
+    device.api().cuMemFree(memory_);
+    throw;
+  }
+}
+
+DeviceBuffer::~DeviceBuffer() {
+  device_.make_current_for_cleanup();
+  device_.api().cuMemFree(memory_);
+}
+
+HostWords::HostWords(const Device& device, std::size_t count) : device_(device) {
+  device.make_current();
+  void* memory = nullptr;
+  device.check(device.api().cuMemHostAlloc(&memory, count * sizeof(std::uint32_t),
+                                           CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
+               "cuMemHostAlloc");
+  words_ = static_cast<std::uint32_t*>(memory);
+  std::memset(words_, 0, count * sizeof(std::uint32_t));
+  device.check(device.api().cuMemHostGetDevicePointer(&mapped_, memory, 0), "cuMemHostGetDevicePointer");
+}
+
+HostWords::~HostWords() {
+  device_.make_current_for_cleanup();
+  device_.api().cuMemFreeHost(words_);
+}
+
+std::uint32_t HostWords::load(std::size_t index) const {
+  return std::atomic_ref<std::uint32_t>(words_[index]).load(std::memory_order_acquire);
+}
+
+void HostWords::store(std::size_t index, std::uint32_t value) {
+  std::atomic_ref<std::uint32_t>(words_[index]).store(value, std::memory_order_release);
+}
+
+}  // namespace sidp::nvshmem

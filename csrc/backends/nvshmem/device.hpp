@@ -1,0 +1,93 @@
+// One GPU: its primary context (the one that torch uses), streams, memory and errors.
+#pragma once
+
+#include <cuda.h>
+
+#include <string>
+
+#include "cuda/driver_api.hpp"
+#include "sidp/backend.hpp"
+
+namespace sidp::nvshmem {
+
+class Device {
+ public:
+  // Retains the primary context. Throws Error(kUnsupported) without a driver, Error(kDevice) for a bad ordinal.
+  explicit Device(int ordinal);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  [[nodiscard]] int ordinal() const { return ordinal_; }
+  [[nodiscard]] const cuda::DriverApi& api() const { return api_; }
+  // Makes the context the calling thread's.
+  void make_current() const;
+  void make_current_for_cleanup() const noexcept;  // in destructors: a failure there is not reported
+  // Throws Error(kDevice), or Error(kCapacity) for want of memory, unless the call succeeded.
+  void check(CUresult result, const std::string& what) const;
+
+ private:
+  const cuda::DriverApi& api_;
+  int ordinal_;
+  CUdevice device_ = 0;
+  CUcontext context_ = nullptr;
+};
+
+// Does not wait for the default stream. Destroying it does not wait either.
+class DeviceStream {
+ public:
+  // Streams of one priority may share a hardware queue (CUDA_DEVICE_MAX_CONNECTIONS), where one that is blocked on a
+  // flag blocks the others. The engine's streams block (torch takes the four lowest priorities), so lanes and services,
+  // which release them, have priorities of their own.
+  enum class Priority : std::uint8_t { kDefault, kLane, kService };
+  DeviceStream(const Device& device, Priority priority);
+  ~DeviceStream();
+  DeviceStream(const DeviceStream&) = delete;
+  DeviceStream& operator=(const DeviceStream&) = delete;
+
+  [[nodiscard]] CUstream get() const { return stream_; }
+  [[nodiscard]] bool idle() const;
+  void synchronize() const;
+  // Sets a word from the stream (release: after everything before it in the stream).
+  void write(CUdeviceptr word, std::uint32_t value) const;
+
+ private:
+  const Device& device_;
+  CUstream stream_ = nullptr;
+};
+
+// Device memory of this process, zeroed.
+class DeviceBuffer final : public LocalBuffer {
+ public:
+  DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label);
+  ~DeviceBuffer() override;
+  [[nodiscard]] std::byte* data() const override { return reinterpret_cast<std::byte*>(memory_); }
+  [[nodiscard]] ByteCount bytes() const override { return bytes_; }
+  [[nodiscard]] CUdeviceptr at(ByteCount offset) const { return memory_ + offset; }
+
+ private:
+  const Device& device_;
+  CUdeviceptr memory_ = 0;
+  ByteCount bytes_;
+};
+
+// Page-locked host words that kernels and streams write and this process's threads read; zeroed.
+class HostWords {
+ public:
+  HostWords(const Device& device, std::size_t count);
+  ~HostWords();
+  HostWords(const HostWords&) = delete;
+  HostWords& operator=(const HostWords&) = delete;
+  [[nodiscard]] std::uint32_t load(std::size_t index) const;
+  void store(std::size_t index, std::uint32_t value);
+  [[nodiscard]] CUdeviceptr on_device(std::size_t index) const { return mapped_ + index * sizeof(std::uint32_t); }
+
+ private:
+  const Device& device_;
+  std::uint32_t* words_ = nullptr;
+  CUdeviceptr mapped_ = 0;
+};
+
+inline CUdeviceptr device_pointer(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
+
+}  // namespace sidp::nvshmem

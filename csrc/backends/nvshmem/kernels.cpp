@@ -1,0 +1,58 @@
+#include "kernels.hpp"
+
+#include <algorithm>
+
+// Made by the build from kernels.cu.
+extern "C" const unsigned char sidp_kernels_fatbin[];
+
+namespace sidp::nvshmem {
+
+namespace {
+
+constexpr unsigned kThreads = 512;
+constexpr ByteCount kBytesPerBlock = ByteCount{kThreads} * 16;  // one 16-byte load a thread
+constexpr unsigned kMaxBlocks = 32;                             // a quarter of an H200: the rest computes on
+
+unsigned blocks_for(ByteCount bytes) {
+  return static_cast<unsigned>(std::clamp<ByteCount>((bytes + kBytesPerBlock - 1) / kBytesPerBlock, 1, kMaxBlocks));
+}
+
+}  // namespace
+
+Kernels::Kernels(const Device& device) : device_(device) {
+  device.make_current();
+  const auto& api = device.api();
+  device.check(api.cuLibraryLoadData(&library_, sidp_kernels_fatbin, nullptr, nullptr, 0, nullptr, nullptr, 0),
+               "cuLibraryLoadData of the kernels; is this GPU older than compute capability 8.0?");
+  const auto look_up = [&](const char* name) {
+    CUkernel kernel = nullptr;
+    device.check(api.cuLibraryGetKernel(&kernel, library_, name), std::string("cuLibraryGetKernel of ") + name);
+    return reinterpret_cast<CUfunction>(kernel);  // cuLaunchKernel takes either (CUDA driver API)
+  };
+  put_ = look_up("sidp_put");
+  take_ = look_up("sidp_take");
+}
+
+Kernels::~Kernels() {
+  device_.make_current_for_cleanup();
+  device_.api().cuLibraryUnload(library_);
+}
+
+void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr word,
+                  std::uint32_t value, CUdeviceptr finished) const {
+  void* arguments[] = {&dst, &src, &bytes, &word, &value, &finished};
+  device_.check(
+      device_.api().cuLaunchKernel(put_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
+      "launch of sidp_put");
+}
+
+void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
+  TakeWords w = words;
+  void* arguments[] = {&dst,           &src,       &bytes, &w.flag, &w.request, &w.answered, &w.answered_host,
+                       &w.failed_host, &w.finished};
+  device_.check(
+      device_.api().cuLaunchKernel(take_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
+      "launch of sidp_take");
+}
+
+}  // namespace sidp::nvshmem

@@ -1,0 +1,250 @@
+#include "nvshmem_backend.hpp"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <future>
+
+#include "copy_lane.hpp"
+#include "core/collective.hpp"
+#include "sidp/error.hpp"
+#include "stream_channel.hpp"
+
+namespace sidp::nvshmem {
+
+namespace {
+
+constexpr ByteCount kFlagStride = 64;                         // a line each, so that neighbours do not share
+constexpr ByteCount kHeapGranularity = ByteCount{512} << 20;  // NVSHMEM grows its heap by multiples of this
+
+class NvshmemBuffer final : public SymmetricBuffer {
+ public:
+  NvshmemBuffer(Rank rank, std::vector<std::byte*> pieces, std::vector<ByteCount> bytes)
+      : rank_(rank), pieces_(std::move(pieces)), bytes_(std::move(bytes)) {}
+  [[nodiscard]] std::byte* local() const override { return pieces_[static_cast<std::size_t>(rank_)]; }
+  [[nodiscard]] std::byte* peer(Rank rank) const override { return pieces_[static_cast<std::size_t>(rank)]; }
+  [[nodiscard]] ByteCount bytes(Rank rank) const override { return bytes_[static_cast<std::size_t>(rank)]; }
+
+ private:
+  Rank rank_;
+  std::vector<std::byte*> pieces_;  // by rank as mapped here; null where it is not
+  std::vector<ByteCount> bytes_;
+};
+
+}  // namespace
+
+NvshmemBackend::NvshmemBackend(NvshmemOptions options, std::shared_ptr<Bootstrap> bootstrap)
+    : options_(std::move(options)),
+      bootstrap_(std::move(bootstrap)),
+      device_(std::make_shared<Device>(options_.device)),
+      nvshmem_(nvshmem_api()),
+      host_({options_.rank, options_.world_size, options_.token}, bootstrap_),
+      capabilities_{.name = "nvshmem",
+                    .stream_ordered = true,
+                    .direct_peer_access = false,
+                    .memory_outlives_owner = true,
+                    .device = options_.device} {
+  if (!nvshmem_.missing.empty()) throw Error(ErrorCode::kUnsupported, nvshmem_.missing, {.rank = options_.rank});
+  if (nvshmem_.my_pe() != options_.rank || nvshmem_.n_pes() != options_.world_size)
+    throw Error(ErrorCode::kConfig,
+                "NVSHMEM was initialised as rank " + std::to_string(nvshmem_.my_pe()) + " of " +
+                    std::to_string(nvshmem_.n_pes()) + ", this group is rank " + std::to_string(options_.rank) +
+                    " of " + std::to_string(options_.world_size) + "; a process takes part in one NVSHMEM job",
+                {.rank = options_.rank});
+}
+
+NvshmemBackend::~NvshmemBackend() {
+  device_->make_current_for_cleanup();
+  if (step_end_ != nullptr) device_->api().cuEventDestroy(step_end_);
+  for (Rank rank = 0; rank < static_cast<Rank>(request_words_.size()); ++rank)
+    device_->api().cuMemHostUnregister(host_.control(rank).data());
+}
+
+void NvshmemBackend::within_deadline(const std::string& what, std::function<void()> collective) {
+  // The thread outlives a deadline: it is inside NVSHMEM, which cannot be told to give up.
+  auto done = std::make_shared<std::promise<void>>();
+  auto finished = done->get_future();
+  std::thread([device = device_, collective = std::move(collective), done] {
+    device->make_current_for_cleanup();
+    collective();
+    done->set_value();
+  }).detach();
+  if (finished.wait_for(options_.deadline) != std::future_status::ready)
+    throw Error(ErrorCode::kDeadline,
+                "rank " + std::to_string(options_.rank) + " waited " + std::to_string(options_.deadline.count()) +
+                    " ms in NVSHMEM's collective " + what +
+                    ": a rank died or stopped in set-up. NVSHMEM cannot be used again in this process; start it anew",
+                {.rank = options_.rank, .waited_ms = options_.deadline.count()});
+}
+
+void* NvshmemBackend::symmetric_malloc(ByteCount bytes, const std::string& label) {
+  // NVSHMEM gives no reason for a failure and may end the process, so what does not fit never gets there.
+  all_or_none(*bootstrap_, options_.rank, label + " fits", [&] {
+    device_->make_current();
+    std::size_t free = 0, total = 0;
+    device_->check(device_->api().cuMemGetInfo(&free, &total), "cuMemGetInfo");
+    if (align_up(bytes, kHeapGranularity) > free)
+      throw Error(ErrorCode::kCapacity,
+                  label + ": " + std::to_string(bytes) + " bytes, in units of 512 MiB, do not fit on device " +
+                      std::to_string(options_.device) + ", which has " + std::to_string(free) + " of " +
+                      std::to_string(total) + " free; every rank allocates as much as the one that owns most",
+                  {.rank = options_.rank, .num_bytes = static_cast<std::int64_t>(bytes)});
+  });
+  auto memory = std::make_shared<void*>(nullptr);
+  within_deadline("malloc", [memory, bytes, malloc = nvshmem_.malloc] { *memory = malloc(bytes); });
+  all_or_none(*bootstrap_, options_.rank, label + " allocated", [&] {
+    if (*memory == nullptr)
+      throw Error(ErrorCode::kCapacity,
+                  label + ": NVSHMEM did not give " + std::to_string(bytes) + " bytes of symmetric memory",
+                  {.rank = options_.rank, .num_bytes = static_cast<std::int64_t>(bytes)});
+  });
+  allocations_.push_back(*memory);
+  return *memory;
+}
+
+std::unique_ptr<SymmetricBuffer> NvshmemBackend::allocate_symmetric(std::span<const ByteCount> bytes_by_rank,
+                                                                    const std::string& label, bool) {
+  const ByteCount most = *std::max_element(bytes_by_rank.begin(), bytes_by_rank.end());
+  auto* const mine = static_cast<std::byte*>(symmetric_malloc(std::max(most, kAlignment), label));
+  std::vector<std::byte*> pieces;
+  for (Rank rank = 0; rank < options_.world_size; ++rank) {
+    const bool hidden = options_.test_without_mappings && rank != options_.rank;
+    pieces.push_back(hidden ? nullptr : static_cast<std::byte*>(nvshmem_.ptr(mine, rank)));
+  }
+  return std::make_unique<NvshmemBuffer>(options_.rank, std::move(pieces),
+                                         std::vector<ByteCount>(bytes_by_rank.begin(), bytes_by_rank.end()));
+}
+
+void NvshmemBackend::create_flags(std::uint32_t num_flags) {
+  host_.create_flags(num_flags + 1);
+  num_flags_ = num_flags;
+  all_or_none(*bootstrap_, options_.rank, "control segments mapped on the device", [&] {
+    device_->make_current();
+    for (Rank rank = 0; rank < options_.world_size; ++rank) {
+      const host::SharedSegment& control = host_.control(rank);
+      device_->check(device_->api().cuMemHostRegister(control.data(), control.bytes(),
+                                                      CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP),
+                     "cuMemHostRegister of a control segment");
+      CUdeviceptr mapped = 0;
+      device_->check(device_->api().cuMemHostGetDevicePointer(&mapped, control.data(), 0), "cuMemHostGetDevicePointer");
+      request_words_.push_back(mapped);
+    }
+  });
+  const ByteCount bytes = num_flags * kFlagStride;
+  const std::vector<ByteCount> bytes_by_rank(static_cast<std::size_t>(options_.world_size), bytes);
+  const auto buffer = allocate_symmetric(bytes_by_rank, "flags", true);
+  for (Rank rank = 0; rank < options_.world_size; ++rank) flags_.push_back(device_pointer(buffer->peer(rank)));
+  const DeviceStream stream(*device_, DeviceStream::Priority::kDefault);
+  device_->check(device_->api().cuMemsetD8Async(device_pointer(buffer->local()), 0, bytes, stream.get()),
+                 "cuMemsetD8Async");
+  stream.synchronize();
+  bootstrap_->all_gather("flags empty", "");
+}
+
+std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, const std::string& label) {
+  return std::make_unique<DeviceBuffer>(*device_, bytes, label);
+}
+
+std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
+  return std::make_unique<CopyLane>(*device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.world_size,
+                                    std::move(program), options);
+}
+
+std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool, const Mailbox& mailbox,
+                                                                const ChannelOptions& options) {
+  const ChannelMemory memory{
+      .request =
+          [this, &pool](Rank owner, Rank requester) {
+            auto* const word = host_.flag_word({owner, pool.request_flag(requester)});
+            const auto offset = reinterpret_cast<std::byte*>(word) - host_.control(owner).data();
+            return ChannelMemory::Word{
+                word, request_words_[static_cast<std::size_t>(owner)] + static_cast<CUdeviceptr>(offset)};
+          },
+      .reply = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
+  };
+  return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options);
+}
+
+std::thread NvshmemBackend::start_thread(const std::string& name, std::function<void()> body) {
+  return host_.start_thread(name, [device = device_, body = std::move(body)] {
+    device->make_current_for_cleanup();
+    body();
+  });
+}
+
+void NvshmemBackend::mark_step_end(Stream stream) noexcept {
+  // A failure here is the device's, and the next call on the stream reports it.
+  if (step_end_ == nullptr) device_->api().cuEventCreate(&step_end_, CU_EVENT_DISABLE_TIMING);
+  if (step_end_ != nullptr) device_->api().cuEventRecord(step_end_, static_cast<CUstream>(stream.handle));
+}
+
+bool NvshmemBackend::wait_step_end(Milliseconds deadline) noexcept {
+  if (step_end_ == nullptr) return true;
+  const auto start = Clock::now();
+  while (device_->api().cuEventQuery(step_end_) == CUDA_ERROR_NOT_READY) {
+    if (Clock::now() - start > deadline) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return true;
+}
+
+std::atomic_ref<std::uint32_t> NvshmemBackend::left(Rank rank) const {
+  return std::atomic_ref<std::uint32_t>(*host_.flag_word({rank, num_flags_}));
+}
+
+void NvshmemBackend::leave() noexcept {
+  if (num_flags_ > 0) left(options_.rank).store(1);
+  host_.leave();
+}
+
+bool NvshmemBackend::close() {
+  leave();
+  if (allocations_.empty()) return true;
+  for (Rank rank = 0; rank < options_.world_size; ++rank) {
+    if (alive(rank) || left(rank).load() != 0) continue;
+    allocations_.clear();  // it died and will never come
+    return false;
+  }
+  try {
+    bootstrap_->all_gather("close", "");  // nobody reads another's memory any more
+    for (void* memory : allocations_) within_deadline("free", [memory, free = nvshmem_.free] { free(memory); });
+  } catch (const std::exception&) {
+    allocations_.clear();
+    return false;
+  }
+  allocations_.clear();
+  return true;
+}
+
+CUdeviceptr NvshmemBackend::flag(FlagRef ref) const {
+  return flags_[static_cast<std::size_t>(ref.rank)] + ref.index * kFlagStride;
+}
+
+WaitResult NvshmemBackend::wait(Stream stream, std::uint32_t index, FlagValue expected, const WaitOptions&) {
+  device_->check(device_->api().cuStreamWaitValue32(static_cast<CUstream>(stream.handle), flag({options_.rank, index}),
+                                                    expected, CU_STREAM_WAIT_VALUE_EQ),
+                 "cuStreamWaitValue32");
+  return WaitResult::kReady;
+}
+
+void NvshmemBackend::signal(Stream stream, FlagRef ref, FlagValue value) {
+  device_->check(device_->api().cuStreamWriteValue32(static_cast<CUstream>(stream.handle), flag(ref), value, 0),
+                 "cuStreamWriteValue32");
+}
+
+void NvshmemBackend::put(Stream stream, const SymmetricBuffer& buffer, Rank peer, ByteCount offset, const void* src,
+                         ByteCount bytes) {
+  copy(stream, buffer.peer(peer) + offset, src, bytes);
+}
+
+void NvshmemBackend::copy(Stream stream, void* dst, const void* src, ByteCount bytes) {
+  device_->check(device_->api().cuMemcpyAsync(device_pointer(dst), device_pointer(src), bytes,
+                                              static_cast<CUstream>(stream.handle)),
+                 "cuMemcpyAsync");
+}
+
+bool NvshmemBackend::wait_any_full(std::uint32_t, std::uint32_t, Milliseconds, const std::atomic<bool>&) {
+  throw Error(ErrorCode::kUnsupported, "flags of the nvshmem backend lie on the GPU; its channel polls request words");
+}
+
+}  // namespace sidp::nvshmem

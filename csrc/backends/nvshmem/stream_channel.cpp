@@ -1,0 +1,296 @@
+#include "stream_channel.hpp"
+
+#include <pthread.h>
+#include <sys/prctl.h>
+
+#include <string>
+
+#include "sidp/error.hpp"
+
+namespace sidp::nvshmem {
+
+namespace {
+
+constexpr std::uint32_t kAnswered = 1;
+constexpr std::uint32_t kNotAnswered = 2;
+
+// A thread that has just served spins, because in a CaS step the next request follows within a layer's time; after that
+// it naps, so that an idle group costs no core.
+constexpr std::chrono::milliseconds kSpin{5};
+constexpr std::chrono::microseconds kNap{20};
+// After an owner's process has ended its GPU work may still finish; only then is a request that it took run again.
+constexpr Milliseconds kGrace{300};
+constexpr std::chrono::milliseconds kLivenessCheck{2};
+
+std::atomic_ref<std::uint32_t> atomic(std::uint32_t* word) { return std::atomic_ref<std::uint32_t>(*word); }
+
+std::int64_t ms_since(Clock::time_point start) {
+  return std::chrono::duration_cast<Milliseconds>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+std::uint32_t Request::word() const {
+  return kWaiting | static_cast<std::uint32_t>(layer) << 19 | static_cast<std::uint32_t>(op) << 13 |
+         static_cast<std::uint32_t>(rows);
+}
+
+Request Request::from(std::uint32_t word) {
+  return {static_cast<LayerIndex>(word >> 19 & 0xFFF), static_cast<OpIndex>(word >> 13 & 0x3F), word & 0x1FFF};
+}
+
+// Words on the device, each in a line of its own: counts of answers by owner, block counters of the engine's put and
+// take by owner, block counter of the service's puts.
+StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox,
+                             ChannelMemory memory, const ChannelOptions& options)
+    : device_(std::move(device)),
+      pool_(pool),
+      mailbox_(mailbox),
+      memory_(std::move(memory)),
+      options_(options),
+      rank_(pool.backend().rank()),
+      world_size_(pool.backend().world_size()),
+      kernels_(*device_),
+      host_(*device_, static_cast<std::size_t>(world_size_) + 1),
+      words_(*device_, (3 * static_cast<ByteCount>(world_size_) + 1) * 64, "words of the activation channel"),
+      service_stream_(*device_, DeviceStream::Priority::kService),
+      release_stream_(*device_, DeviceStream::Priority::kService),
+      watches_(static_cast<std::size_t>(world_size_)),
+      gave_up_(static_cast<std::size_t>(world_size_)),
+      served_by_peer_(static_cast<std::size_t>(world_size_)) {
+  if (pool.placement().num_layers() > Request::kMaxLayers || mailbox.ops().size() > Request::kMaxOps ||
+      mailbox.max_rows() > Request::kMaxRows)
+    throw Error(ErrorCode::kConfig, "a request names at most " + std::to_string(Request::kMaxLayers) + " layers, " +
+                                        std::to_string(Request::kMaxOps) + " ops and " +
+                                        std::to_string(Request::kMaxRows) + " rows");
+  if (mailbox.row_buckets().empty())
+    throw Error(ErrorCode::kConfig, "ops on a GPU are captured beforehand: give the row buckets to capture");
+  for (Rank peer = 0; peer < world_size_; ++peer)
+    if (mailbox.buffer().peer(peer) == nullptr)
+      throw Error(ErrorCode::kUnsupported,
+                  "memory of rank " + std::to_string(peer) +
+                      " is not mapped here, so no activations can be put there; "
+                      "use mode WaS without ops across such peers",
+                  {.rank = rank_, .peer = peer});
+}
+
+StreamChannel::~StreamChannel() { stop(); }
+
+void StreamChannel::start() {
+  thread_ = std::thread([this] {
+    ::pthread_setname_np(::pthread_self(), "sidp-service");
+    ::prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; the default of 50 us would stretch every nap
+    run();
+  });
+}
+
+void StreamChannel::stop() noexcept {
+  stop_.store(true);
+  if (!thread_.joinable()) return;
+  thread_.join();
+  try {
+    device_->make_current();
+    service_stream_.synchronize();  // answers under way still arrive
+  } catch (const Error&) {
+    // The device is lost; nothing can arrive.
+  }
+}
+
+const GraphOp& StreamChannel::graph(const Request& request) const {
+  return dynamic_cast<const GraphOp&>(mailbox_.kernel(request.layer, request.op));
+}
+
+const std::byte* StreamChannel::slot(Rank owner, Rank requester) const {
+  return mailbox_.buffer().peer(owner) + mailbox_.request_offset(requester) + kAlignment;
+}
+
+void StreamChannel::put_answer(Stream stream, Rank owner, Rank requester,
+                               const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const {
+  device_->make_current();
+  CUdeviceptr dst = device_pointer(mailbox_.buffer().peer(requester) + mailbox_.reply_offset(owner) + kAlignment);
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    const bool last = i + 1 == sources.size();
+    kernels_.put(static_cast<CUstream>(stream.handle), dst, device_pointer(sources[i].first), sources[i].second,
+                 last ? memory_.reply(requester, owner) : 0, kAnswered,
+                 local_word(3 * static_cast<std::size_t>(world_size_)));
+    dst += sources[i].second;
+  }
+}
+
+void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
+                            std::byte* y) {
+  static_cast<void>(mailbox_.kernel(layer, op));  // throws for an unknown op
+  const Op& entry = mailbox_.ops()[static_cast<std::size_t>(op)];
+  const Request request{layer, op, mailbox_.bucket(layer, rows)};
+  const Rank owner = pool_.placement().owner(layer);
+  const auto peer = static_cast<std::size_t>(owner);
+  const auto world = static_cast<std::size_t>(world_size_);
+  const ByteCount in_bytes = static_cast<ByteCount>(rows) * entry.in_row_bytes;
+  device_->make_current();
+  auto* const on = static_cast<CUstream>(stream.handle);
+  const CUdeviceptr reply = memory_.reply(rank_, owner);
+  const CUdeviceptr word = memory_.request(owner, rank_).device;
+  kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes, word, request.word(),
+               local_word(world + peer));
+  device_->check(device_->api().cuStreamWaitValue32(on, reply, kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
+                 "cuStreamWaitValue32");
+  kernels_.take(on, device_pointer(y),
+                device_pointer(mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment),
+                static_cast<ByteCount>(request.rows) * entry.out_row_bytes,
+                {.flag = reply,
+                 .request = word,
+                 .answered = local_word(peer),
+                 .answered_host = host_.on_device(answered_index(owner)),
+                 .failed_host = host_.on_device(failed_index()),
+                 .finished = local_word(2 * world + peer)});
+  rows_sent_.fetch_add(static_cast<std::uint64_t>(rows), std::memory_order_relaxed);
+  bytes_sent_.fetch_add(in_bytes, std::memory_order_relaxed);
+}
+
+bool StreamChannel::claim(Rank owner, Rank requester, std::uint32_t word) const {
+  return atomic(memory_.request(owner, requester).host).compare_exchange_strong(word, word & ~Request::kWaiting);
+}
+
+void StreamChannel::run() {
+  device_->make_current();
+  auto last_request = Clock::now();
+  while (!stop_.load(std::memory_order_relaxed)) {
+    bool busy = take_requests();
+    for (Rank owner = 0; owner < world_size_; ++owner)
+      if (owner != rank_) watch(owner);
+    const auto now = Clock::now();
+    if (busy) last_request = now;
+    if (now - last_request < kSpin)
+      __builtin_ia32_pause();
+    else
+      std::this_thread::sleep_for(kNap);
+  }
+}
+
+bool StreamChannel::take_requests() {
+  bool any = false;
+  // One look at each requester a round: nobody is served twice while another waits.
+  for (Rank requester = 0; requester < world_size_; ++requester) {
+    if (requester == rank_) continue;
+    const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
+    if ((word & Request::kWaiting) == 0 || !claim(rank_, requester, word)) continue;
+    any = true;
+    serve(requester, Request::from(word));
+  }
+  return any;
+}
+
+void StreamChannel::serve(Rank requester, const Request& request) {
+  if (options_.service.test_delay_us > 0)
+    std::this_thread::sleep_for(std::chrono::microseconds(options_.service.test_delay_us));
+  try {
+    graph(request).launch({rank_, requester, request.rows}, service_stream_.get());
+    served_by_peer_[static_cast<std::size_t>(requester)].fetch_add(1, std::memory_order_relaxed);
+    served_rows_.fetch_add(static_cast<std::uint64_t>(request.rows), std::memory_order_relaxed);
+  } catch (const std::exception&) {
+    served_failed_.fetch_add(1, std::memory_order_relaxed);
+    try {
+      service_stream_.write(memory_.reply(requester, rank_), kNotAnswered);
+    } catch (const Error&) {
+      // The device is lost: the requester's deadline ends its wait.
+    }
+  }
+}
+
+// Looks after the own request at one owner: who answers it if that rank died or hangs, and when to give it up.
+void StreamChannel::watch(Rank owner) {
+  Watch& watch = watches_[static_cast<std::size_t>(owner)];
+  std::atomic<bool>& gave_up = gave_up_[static_cast<std::size_t>(owner)];
+  const std::uint32_t word = atomic(memory_.request(owner, rank_).host).load(std::memory_order_acquire);
+  const std::uint32_t answered = host_.load(answered_index(owner));
+  if (word == 0) {
+    watch.since.reset();
+    watch.dead_since.reset();
+    return;
+  }
+  const auto now = Clock::now();
+  const bool waiting = (word & Request::kWaiting) != 0;
+  if (!watch.since || watch.answered != answered || (waiting && watch.over)) watch = {answered, now, {}, false};
+  if (watch.over) return;
+  if (!gave_up.load(std::memory_order_relaxed)) {
+    if (now - *watch.since < kLivenessCheck) return;
+    if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
+    if (!watch.dead_since && now - *watch.since <= options_.deadline) return;
+    gave_up.store(true);
+  }
+  if (waiting) {
+    if (!claim(owner, rank_, word)) return;  // it answers after all
+    watch.over = true;
+    return stand_in(owner, Request::from(word));
+  }
+  // The owner took it. A dead one's answer may still be on its way; a living one's may come at any time, so nobody
+  // else may use the slot.
+  if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
+  if (watch.dead_since) {
+    if (now - *watch.dead_since <= kGrace) return;
+    watch.over = true;
+    return stand_in(owner, Request::from(word));
+  }
+  if (now - *watch.since > options_.deadline) {
+    watch.over = true;
+    fail(owner, ms_since(*watch.since));
+  }
+}
+
+void StreamChannel::stand_in(Rank owner, const Request& request) {
+  try {
+    graph(request).launch({owner, rank_, request.rows}, service_stream_.get());
+    stood_in_.fetch_add(1, std::memory_order_relaxed);
+  } catch (const std::exception&) {
+    fail(owner, 0);
+  }
+}
+
+void StreamChannel::fail(Rank owner, std::int64_t waited_ms) {
+  const std::lock_guard lock(mutex_);
+  failure_.emplace(ErrorCode::kDeadline,
+                   "rank " + std::to_string(owner) + " took a request of rank " + std::to_string(rank_) +
+                       " and did not answer it within " + std::to_string(waited_ms) +
+                       " ms; the results of that step are void. Close this runtime, or go on without rank " +
+                       std::to_string(owner),
+                   ErrorContext{.rank = rank_, .peer = owner, .waited_ms = waited_ms});
+  try {
+    release_stream_.write(memory_.reply(rank_, owner), kNotAnswered);
+  } catch (const Error&) {
+    // The device is lost and nothing waits on it any more.
+  }
+}
+
+void StreamChannel::check() const {
+  const std::lock_guard lock(mutex_);
+  if (failure_) throw *failure_;
+  if (host_.load(failed_index()) != 0)
+    throw Error(ErrorCode::kRemoteOp,
+                "an owner could not launch an op for rank " + std::to_string(rank_) +
+                    "; the results of that step are void. Its own error says why",
+                {.rank = rank_});
+}
+
+bool StreamChannel::available(Rank owner) const {
+  return !gave_up_[static_cast<std::size_t>(owner)].load(std::memory_order_relaxed) && pool_.backend().alive(owner);
+}
+
+RequesterStats StreamChannel::requester_stats() const {
+  RequesterStats stats;
+  for (Rank owner = 0; owner < world_size_; ++owner)
+    stats.requests_by_peer.push_back(host_.load(answered_index(owner)));
+  stats.fallbacks = stood_in_.load(std::memory_order_relaxed);
+  stats.rows_sent = rows_sent_.load(std::memory_order_relaxed);
+  stats.bytes_sent = bytes_sent_.load(std::memory_order_relaxed);
+  return stats;
+}
+
+ServiceStats StreamChannel::service_stats() const {
+  ServiceStats stats;
+  for (const auto& served : served_by_peer_) stats.served_by_peer.push_back(served.load(std::memory_order_relaxed));
+  stats.failed = served_failed_.load(std::memory_order_relaxed);
+  stats.rows = served_rows_.load(std::memory_order_relaxed);
+  return stats;
+}
+
+}  // namespace sidp::nvshmem

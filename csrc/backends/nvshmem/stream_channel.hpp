@@ -1,0 +1,122 @@
+// CaS on streams. A requester's stream puts its rows into its slot at the owner and then sets its request word, which
+// lies in host memory that both processes map. A thread of the owner polls these words and launches the captured graph
+// of (layer, op, row bucket), which puts the answer back and sets the reply flag that the requester's stream waits for.
+//
+// A request word goes 0 -> request (requester's stream) -> taken (who serves it, by compare-and-swap) -> 0 (requester's
+// stream, when it has the answer). So exactly one process serves a request, and when an owner has died or hangs, the
+// requester's own thread takes the word in its place and runs the op on the owner's memory, also for graphs that are
+// being replayed.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "graph_op.hpp"
+#include "kernels.hpp"
+#include "sidp/activation_channel.hpp"
+#include "sidp/error.hpp"
+
+namespace sidp::nvshmem {
+
+// What a request word says. Packed into the 32 bits that one store release publishes.
+struct Request {
+  static constexpr std::uint32_t kWaiting = 1U << 31;  // cleared when somebody takes it
+  static constexpr LayerIndex kMaxLayers = 1 << 12;
+  static constexpr OpIndex kMaxOps = 1 << 6;
+  static constexpr std::int64_t kMaxRows = (1 << 13) - 1;
+
+  LayerIndex layer;
+  OpIndex op;
+  std::int64_t rows;  // the bucket
+
+  [[nodiscard]] std::uint32_t word() const;  // of a waiting request; never 0, as rows are not
+  static Request from(std::uint32_t word);
+};
+
+// Where the words of one rank's channel lie.
+struct ChannelMemory {
+  struct Word {
+    std::uint32_t* host;
+    CUdeviceptr device;
+  };
+  // Request word of `requester` at `owner`, in host memory.
+  std::function<Word(Rank owner, Rank requester)> request;
+  // Reply flag for answers of `owner` to `requester`, on the requester's GPU.
+  std::function<CUdeviceptr(Rank requester, Rank owner)> reply;
+};
+
+class StreamChannel final : public ActivationChannel {
+ public:
+  // Throws Error(kConfig) for more layers, ops or rows than a word can name, Error(kUnsupported) for a peer whose
+  // memory is not mapped here.
+  StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox, ChannelMemory memory,
+                const ChannelOptions& options);
+  ~StreamChannel() override;
+
+  void start() override;
+  void stop() noexcept override;
+  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
+               std::byte* y) override;
+  void check() const override;
+  [[nodiscard]] bool available(Rank owner) const override;
+  [[nodiscard]] RequesterStats requester_stats() const override;
+  [[nodiscard]] ServiceStats service_stats() const override;
+
+  // For the capture of an op: the slot that its rows come from, and the puts that end its graph. `sources`: outputs one
+  // after the other, each of so many bytes.
+  [[nodiscard]] const std::byte* slot(Rank owner, Rank requester) const;
+  void put_answer(Stream stream, Rank owner, Rank requester,
+                  const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const;
+
+ private:
+  // What the watchdog knows of the own request at an owner.
+  struct Watch {
+    std::uint32_t answered = 0;  // count when the request was first seen
+    std::optional<Clock::time_point> since;
+    std::optional<Clock::time_point> dead_since;
+    bool over = false;  // answered in the owner's place, or given up
+  };
+
+  void run();
+  bool take_requests();
+  void serve(Rank requester, const Request& request);
+  void watch(Rank owner);
+  void stand_in(Rank owner, const Request& request);
+  void fail(Rank owner, std::int64_t waited_ms);
+  bool claim(Rank owner, Rank requester, std::uint32_t word) const;
+  [[nodiscard]] const GraphOp& graph(const Request& request) const;
+  [[nodiscard]] std::size_t answered_index(Rank owner) const { return static_cast<std::size_t>(owner); }
+  [[nodiscard]] std::size_t failed_index() const { return answered_index(world_size_); }
+  [[nodiscard]] CUdeviceptr local_word(std::size_t index) const { return words_.at(index * 64); }
+
+  std::shared_ptr<const Device> device_;
+  WeightPool& pool_;
+  const Mailbox& mailbox_;
+  ChannelMemory memory_;
+  ChannelOptions options_;
+  Rank rank_;
+  Rank world_size_;
+  Kernels kernels_;
+  HostWords host_;      // answers taken by owner, then "a request was not answered"
+  DeviceBuffer words_;  // device's count of answers and block counters, see stream_channel.cpp
+  DeviceStream service_stream_;
+  DeviceStream release_stream_;  // sets reply flags that an engine's stream is blocked on
+  std::vector<Watch> watches_;
+  std::vector<std::atomic<bool>> gave_up_;
+  std::vector<std::atomic<std::uint64_t>> served_by_peer_;
+  std::atomic<std::uint64_t> served_rows_{0};
+  std::atomic<std::uint64_t> served_failed_{0};
+  std::atomic<std::uint64_t> stood_in_{0};
+  std::atomic<std::uint64_t> rows_sent_{0};
+  std::atomic<std::uint64_t> bytes_sent_{0};
+  mutable std::mutex mutex_;
+  std::optional<Error> failure_;  // under mutex_
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+}  // namespace sidp::nvshmem

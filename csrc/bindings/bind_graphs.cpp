@@ -1,0 +1,86 @@
+// What the capture of ops on a GPU needs; without the GPU backend in this build the calls raise UnsupportedError.
+#include "bindings.hpp"
+#include "dlpack.hpp"
+#include "sidp/runtime.hpp"
+#ifdef SIDP_HAS_NVSHMEM
+#include "backends/nvshmem/nvshmem_backend.hpp"
+#include "backends/nvshmem/stream_channel.hpp"
+#endif
+
+namespace py = pybind11;
+
+namespace sidp::bindings {
+
+namespace {
+
+[[noreturn]] [[maybe_unused]] void not_here() {
+  throw Error(ErrorCode::kUnsupported, "ops are captured on the nvshmem backend only");
+}
+
+#ifdef SIDP_HAS_NVSHMEM
+
+const nvshmem::StreamChannel& channel_of(const Runtime& runtime) {
+  const auto* channel = dynamic_cast<const nvshmem::StreamChannel*>(runtime.channel());
+  if (channel == nullptr) not_here();
+  return *channel;
+}
+
+std::shared_ptr<OpKernel> graph_op(Backend& backend) {
+  auto* gpu = dynamic_cast<nvshmem::NvshmemBackend*>(&backend);
+  if (gpu == nullptr) not_here();
+  return std::make_shared<nvshmem::GraphOp>(gpu->device());
+}
+
+void add_graph(OpKernel& op, Rank owner, Rank requester, std::int64_t rows, std::uintptr_t graph) {
+  auto* captured = dynamic_cast<nvshmem::GraphOp*>(&op);
+  if (captured == nullptr) not_here();
+  captured->add({owner, requester, rows}, reinterpret_cast<CUgraph>(graph));
+}
+
+ByteView request_slot(const std::shared_ptr<Runtime>& runtime, Rank owner, Rank requester, ByteCount bytes) {
+  auto* rows = const_cast<std::byte*>(channel_of(*runtime).slot(owner, requester));
+  return {rows, bytes, runtime, runtime->pool().backend().capabilities().device};
+}
+
+void put_answer(const Runtime& runtime, Rank owner, Rank requester,
+                const std::vector<std::pair<std::uintptr_t, ByteCount>>& sources, std::uintptr_t stream) {
+  std::vector<std::pair<const std::byte*, ByteCount>> blocks;
+  for (const auto& [address, bytes] : sources) blocks.emplace_back(reinterpret_cast<const std::byte*>(address), bytes);
+  channel_of(runtime).put_answer({reinterpret_cast<void*>(stream)}, owner, requester, blocks);
+}
+
+ByteView peer_layer(const std::shared_ptr<WeightPool>& pool, LayerIndex layer) {
+  auto* bytes = const_cast<std::byte*>(pool->peer_layer(layer));
+  if (bytes == nullptr)
+    throw Error(ErrorCode::kUnsupported, "layer " + std::to_string(layer) + " is not mapped here", {.layer = layer});
+  return {bytes, pool->placement().layer_bytes(layer), pool, pool->backend().capabilities().device};
+}
+
+#else
+
+std::shared_ptr<OpKernel> graph_op(Backend&) { not_here(); }
+void add_graph(OpKernel&, Rank, Rank, std::int64_t, std::uintptr_t) { not_here(); }
+ByteView request_slot(const std::shared_ptr<Runtime>&, Rank, Rank, ByteCount) { not_here(); }
+void put_answer(const Runtime&, Rank, Rank, const std::vector<std::pair<std::uintptr_t, ByteCount>>&, std::uintptr_t) {
+  not_here();
+}
+ByteView peer_layer(const std::shared_ptr<WeightPool>&, LayerIndex) { not_here(); }
+
+#endif
+
+}  // namespace
+
+void bind_graphs(py::module_& m) {
+  m.def("graph_op", &graph_op, py::arg("backend"), "An op that runs as captured CUDA graphs; add_graph() fills it.");
+  m.def("add_graph", &add_graph, py::arg("op"), py::arg("owner"), py::arg("requester"), py::arg("rows"),
+        py::arg("graph"),
+        "graph: a cudaGraph_t that computes `rows` rows from request_slot() and ends in put_answer().");
+  m.def("request_slot", &request_slot, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("bytes"),
+        "The slot that a requester's rows come to at an owner, as mapped here.");
+  m.def("put_answer", &put_answer, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("sources"),
+        py::arg("stream"), "Enqueues the answer: sources are (address, bytes), one after the other into the slot.");
+  m.def("peer_layer", &peer_layer, py::arg("pool"), py::arg("layer"),
+        "A streamed layer at its owner as mapped here; read-only.");
+}
+
+}  // namespace sidp::bindings

@@ -1,0 +1,154 @@
+"""torch on the GPU: devices, streams and the capture of ops as CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from . import _C, _torch
+from .errors import ConfigError, UnsupportedError
+from .manifest import DTYPE_BYTES
+from .ops import Op
+
+if TYPE_CHECKING:
+    from .weight_pool import WeightPool
+
+
+def use_device(ordinal: int | None) -> int:
+    """Makes a GPU torch's current one, by default the one that is, and gives its ordinal."""
+    chosen = torch.cuda.current_device() if ordinal is None else ordinal
+    if not 0 <= chosen < torch.cuda.device_count():
+        raise ConfigError(f"device {chosen} is not one of the {torch.cuda.device_count()} that torch sees")
+    torch.cuda.set_device(chosen)
+    for priority in (0, -1):
+        # torch makes all its streams at the first; later, while one is blocked on a flag, making them would hang.
+        torch.cuda.Stream(chosen, priority=priority)  # type: ignore[no-untyped-call]
+    return chosen
+
+
+def stream_handle(stream: object, device: int) -> int:
+    """The CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
+    if stream is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    if isinstance(stream, int):
+        return stream
+    handle = getattr(stream, "cuda_stream", None)
+    if not isinstance(handle, int):
+        raise ConfigError(f"{stream!r} is not a CUDA stream: pass a torch.cuda.Stream, its handle, or None")
+    return handle
+
+
+def capture_ops(
+    pool: WeightPool,
+    core: _C.Runtime,
+    ops: Sequence[tuple[Op, Sequence[_C.OpKernel | None]]],
+    row_buckets: Sequence[int],
+) -> list[torch.cuda.CUDAGraph]:
+    """Captures each op for every slot that this rank may have to answer, and hands the graphs to the service.
+
+    Those are the slots of all requesters for the layers that this rank owns, and its own slots at the other owners, to
+    stand in for one that no longer answers. The graphs share one memory pool, for the service runs them one at a time;
+    keep what is returned as long as the runtime.
+    """
+    rank, world_size, placement = pool.group.rank, pool.group.world_size, pool.placement
+    captured: list[torch.cuda.CUDAGraph] = []
+    with torch.cuda.device(pool.group.device), torch.no_grad():
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        memory = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        for op, kernels in ops:
+            for layer in op.weights:
+                owner, kernel = placement.owner(layer), kernels[layer]
+                if kernel is None or owner < 0:
+                    continue
+                view = pool.core.local_layer(layer) if owner == rank else _C.peer_layer(pool.core, layer)
+                tensors = _torch.tensor_views(view, pool.layers[layer])
+                weights = {short: tensors[name] for short, name in op.weights[layer].items()}
+                requesters = [r for r in range(world_size) if r != rank] if owner == rank else [rank]
+                for requester, rows in itertools.product(requesters, row_buckets):
+                    graph = _capture(op, weights, core, (owner, requester, rows), stream, memory)
+                    _C.add_graph(kernel, owner, requester, rows, graph.raw_cuda_graph())
+                    captured.append(graph)
+        torch.cuda.synchronize()
+    return captured
+
+
+def _capture(
+    op: Op,
+    weights: Mapping[str, torch.Tensor],
+    core: _C.Runtime,
+    slot: tuple[int, int, int],
+    stream: torch.cuda.Stream,
+    memory: Any,
+) -> torch.cuda.CUDAGraph:
+    """A graph that takes the rows of a slot (owner, requester, rows), computes the op and puts the answer."""
+    owner, requester, rows = slot
+    view = _C.request_slot(core, owner, requester, rows * op.in_features * DTYPE_BYTES[op.dtype])
+    x = from_dlpack(view).view(_torch.dtype_of(op.dtype)).view(rows, op.in_features)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    try:
+        with torch.cuda.stream(stream):
+            op.function(weights, x)  # libraries set themselves up at the first call, which a capture forbids
+            stream.synchronize()
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+            try:
+                y = op.function(weights, x)
+                blocks = [block.contiguous() for block in (y if isinstance(y, (tuple, list)) else (y,))]
+                sources = [(block.data_ptr(), block.nbytes) for block in blocks]
+                _C.put_answer(core, owner, requester, sources, stream.cuda_stream)
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        raise UnsupportedError(f"op {op.name!r} cannot be captured as a CUDA graph: {error}") from error
+    return graph
+
+
+def measure(device: int) -> dict[str, float]:
+    """The figures of ``MachineProfile`` for a GPU."""
+    with torch.cuda.device(device):
+        target = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        other = next((d for d in range(torch.cuda.device_count()) if d != device), device)
+        source = torch.empty_like(target, device=f"cuda:{other}").fill_(1)
+        weights = torch.randn(16384, 8192, dtype=torch.bfloat16, device="cuda")
+        row, rows = (torch.randn(count, 8192, dtype=torch.bfloat16, device="cuda") for count in (1, 2048))
+        flops = 2.0 * weights.numel() * rows.shape[0]
+        return {
+            "copy_bytes_per_s": target.nbytes / _fastest(lambda: target.copy_(source, non_blocking=True)),
+            # A request and its answer are two trips of the kind: launch, run, seen by a host thread that polls.
+            "round_trip_us": 2 * _launch_and_seen_us(),
+            "memory_bytes_per_s": weights.nbytes / _fastest(lambda: torch.nn.functional.linear(row, weights)),
+            "flops_per_s": flops / _fastest(lambda: torch.nn.functional.linear(rows, weights)),
+        }
+
+
+def _launch_and_seen_us(rounds: int = 200) -> float:
+    """Median microseconds from the launch of a small kernel until the host has seen its end."""
+    word = torch.zeros(1, device="cuda")
+    stream = torch.cuda.current_stream()
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        word.add_(1)
+        while not stream.query():
+            pass
+        taken.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(taken)
+
+
+def _fastest(call: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls, by events on the current stream."""
+    best = float("inf")
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best

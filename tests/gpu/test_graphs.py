@@ -1,0 +1,106 @@
+"""Steps in captured CUDA graphs: right bytes after many replays, in changing modes, with copies outside the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import SyntheticModel, mlp
+from helpers.processes import RankContext, run_ranks
+from helpers.ranks import Replica, open_replica
+
+from sidp_runtime import Mode
+from sidp_runtime.errors import UsageError
+
+MODEL = SyntheticModel(num_layers=6, hidden=64)
+ROWS = 4
+
+
+def forward(replica: Replica, x: torch.Tensor, mode: Mode) -> torch.Tensor:
+    for layer in range(replica.model.num_layers):
+        if replica.pool.is_local(layer) or mode == Mode.WAS:
+            x = mlp(replica.fetch(layer), x)
+            replica.runtime.release_layer(layer)
+        else:
+            result = replica.runtime.remote_compute(layer, "mlp", x)
+            assert isinstance(result, torch.Tensor)
+            x = result
+    return x
+
+
+def expected(replica: Replica, x: torch.Tensor) -> torch.Tensor:
+    for weights in replica.reference:
+        x = mlp(weights, x)
+    return x
+
+
+def capture(replica: Replica, x: torch.Tensor, mode: Mode) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    expected(replica, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), replica.runtime.capture_step(ROWS, mode):
+        y = forward(replica, x, mode)
+    return graph, y
+
+
+def replay_and_switch(context: RankContext, replays: int) -> dict[str, Any]:
+    with open_replica(context, MODEL, backend="nvshmem", max_rows=ROWS, mode="auto") as replica:
+        x = replica.rows(ROWS)
+        graphs = {mode: capture(replica, x, mode) for mode in (Mode.WAS, Mode.CAS)}
+        torch.cuda.synchronize()
+        before = replica.runtime.stats()
+        assert before["steps"] == {"was": 0, "cas": 0}, "a capture is no step"
+        assert before["fetches"] == 0
+        counts = {"was": 0, "cas": 0}
+        for number in range(replays):
+            x.copy_(replica.rows(ROWS, number % 50))
+            # the policy would take one mode only; the order of modes is this rank's own
+            mode = Mode.WAS if (number + context.rank) % 3 else Mode.CAS
+            counts[mode.name.lower()] += 1
+            graph, y = graphs[mode]
+            replica.runtime._core.begin_step(ROWS, replay_kind(), mode)
+            graph.replay()
+            replica.runtime.end_step()
+            if number % 20 == 0:
+                assert torch.equal(y, expected(replica, x)), f"replay {number} in {mode}"
+        torch.cuda.synchronize()
+        stats = replica.settled_stats(counts["was"] * len(replica.streamed) + len(replica.head()))
+        assert stats["steps"] == counts
+        assert stats["fetches"] == counts["was"] * len(replica.streamed)
+        assert sum(stats["requests_by_peer"]) == counts["cas"] * len(replica.streamed)
+        assert stats["fallbacks"] == 0
+        replica.step(seed=3)  # and eager steps still find everything in order
+        context.meet("all replayed")
+        return counts
+
+
+def replay_kind() -> Any:
+    from sidp_runtime._C import StepKind
+
+    return StepKind.REPLAY
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_thousand_replays_with_switching_modes(world_size: int) -> None:
+    run_ranks(replay_and_switch, world_size, replays=1000 if world_size == 2 else 100)
+
+
+def capture_one_layer(replica: Replica) -> None:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), replica.runtime.capture_step(ROWS, Mode.WAS):
+        replica.runtime.fetch_layer(replica.streamed[0])
+        replica.runtime.release_layer(replica.streamed[0])
+
+
+def incomplete(context: RankContext) -> None:
+    with open_replica(context, MODEL, backend="nvshmem", max_rows=ROWS, mode="was") as replica:
+        x = replica.rows(ROWS)
+        mlp(replica.reference[0], x)
+        with pytest.raises(UsageError, match="discard it"):
+            capture_one_layer(replica)
+        torch.cuda.synchronize()
+        for seed in range(4):
+            replica.step(seed=seed)
+
+
+def test_a_capture_that_skips_layers_is_refused() -> None:
+    run_ranks(incomplete, 2)
