@@ -63,10 +63,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class ExtensionInfo:
-    """The compiled module: its file, or the reason why it does not import."""
+    """The compiled module: its file and backends, or the reason why it does not import."""
 
     file: str | None
     error: str
+    backends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _extension() -> tuple[ExtensionInfo, dict[str, Any] | None]:
         module = importlib.import_module("sidp_runtime._C")
     except ImportError as error:
         return ExtensionInfo(file=None, error=str(error)), None
-    return ExtensionInfo(file=module.__file__, error=""), module.cuda_report()
+    return ExtensionInfo(module.__file__, "", tuple(module.backend_names())), module.cuda_report()
 
 
 def _read_text(path: Path) -> str | None:
@@ -234,16 +235,16 @@ def _nvshmem() -> NvshmemInfo:
     return NvshmemInfo(library, version, bindings, config.nvshmem_disable_nvls())
 
 
-def _nvshmem_reason(cuda: CudaInfo, nvshmem: NvshmemInfo) -> str:
-    missing = []
+def _nvshmem_reason(cuda: CudaInfo, nvshmem: NvshmemInfo, in_build: bool) -> str:
+    """What stands between this machine and the GPU backend; "" when nothing does."""
+    missing = [] if in_build else ["the GPU backend in this build (SIDP_WITH_CUDA=ON with a CUDA toolkit)"]
     if cuda.report is None or cuda.report["reason"]:
         missing.append("a usable GPU")
     if nvshmem.library is None:
         missing.append(NVSHMEM_LIBRARY)
     if nvshmem.nvshmem4py_version is None:
         missing.append("nvshmem4py")
-    also = f"; this machine also lacks {', '.join(missing)}" if missing else ""
-    return f"not in this build, which has the host backend only{also}"
+    return f"missing: {', '.join(missing)}" if missing else ""
 
 
 def _findings(extension: ExtensionInfo, packages: dict[str, str | None], shm: tuple[int, int] | None) -> list[Finding]:
@@ -288,6 +289,7 @@ def report() -> DoctorReport:
     errors = "; ".join(finding.what for finding in findings if finding.level == "error")
     cuda = CudaInfo(cuda_report, _kernel_driver())
     nvshmem = _nvshmem()
+    gpu_reason = _nvshmem_reason(cuda, nvshmem, "nvshmem" in extension.backends)
     return DoctorReport(
         version=installed_version("sidp_runtime") or "not installed",
         python=platform.python_version(),
@@ -298,7 +300,7 @@ def report() -> DoctorReport:
         nvshmem=nvshmem,
         backends=[
             BackendInfo("host", not errors, errors),
-            BackendInfo("nvshmem", False, _nvshmem_reason(cuda, nvshmem)),
+            BackendInfo("nvshmem", not gpu_reason, gpu_reason),
         ],
         findings=findings,
     )
