@@ -40,6 +40,13 @@ _SCALAR_TYPES = {
 }
 
 
+def versions() -> str:
+    """Versions that all ranks must share, in one line."""
+    from . import __version__
+
+    return f"sidp_runtime {__version__} torch {torch.__version__}"
+
+
 def dtype_of(name: str) -> torch.dtype:
     """torch's dtype of a manifest's name."""
     dtype = getattr(torch, name)

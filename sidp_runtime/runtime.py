@@ -51,6 +51,8 @@ class Step:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._runtime.closed:
+            return  # the body's error says more than a refusal to end the step
         self._runtime._core.end_step(kind is not None, self._stream)
 
 
@@ -256,6 +258,10 @@ class Runtime:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._open_core is None
 
     @property
     def _core(self) -> _C.Runtime:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from . import _C, _torch, memory
-from .errors import ClosedError, ConfigError, UnsupportedError
+from .errors import ClosedError, ConfigError, UnsupportedError, UsageError
 from .group import Group
 from .loading import CheckpointSource, LoadReport, Progress, load_layers, load_layers_staged
 from .manifest import LayerSpec, manifest_text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class WeightPool:
     """Each layer's bytes lie once in the group, at its owner, or on every rank if it is resident.
 
-    Constructing is collective: manifests and placements are compared on all ranks before anything is allocated
+    Constructing is collective: versions, manifests and placements are compared on all ranks before anything is allocated
     (``ManifestMismatchError`` names the first difference), and if one rank cannot allocate, all raise
     ``CapacityError`` and keep nothing. Fill the local layers (``load`` or ``layer_view`` and ``publish``), then give
     the pool to a ``Runtime``.
@@ -42,7 +42,9 @@ class WeightPool:
                     num_bytes=layer.num_bytes,
                 )
         self.backend = group.make_backend()
-        self._pool: _C.WeightPool | None = _C.WeightPool(self.backend, placement, manifest_text(self.layers))
+        # another version of either may lay out or compute differently
+        manifest = f"{_torch.versions()}\n{manifest_text(self.layers)}"
+        self._pool: _C.WeightPool | None = _C.WeightPool(self.backend, placement, manifest)
 
     @property
     def core(self) -> _C.WeightPool:
@@ -112,8 +114,13 @@ class WeightPool:
         self.core.publish()
 
     def ring_view(self, layer: int) -> dict[str, torch.Tensor]:
-        """Tensors of a streamed layer at its fixed ring address; valid from ``fetch_layer`` to ``release_layer``."""
-        entry = next(e for e in self.placement.ring_plan(self.group.rank) if e.layer == layer)
+        """Tensors of a streamed layer at its fixed ring address; valid from ``fetch_layer`` to ``release_layer``.
+
+        ``UsageError`` for a layer that is not streamed to this rank.
+        """
+        entry = next((e for e in self.placement.ring_plan(self.group.rank) if e.layer == layer), None)
+        if entry is None:
+            raise UsageError(f"layer {layer} is not streamed to rank {self.group.rank}", layer=layer)
         return _torch.tensor_views(self.core.ring_view(entry.offset, entry.bytes), self.layers[layer])
 
     def memory_report(self) -> dict[str, int]:

@@ -50,6 +50,9 @@ void all_or_none(Bootstrap& bootstrap, Rank rank, const std::string& key, const 
   } catch (const Error& error) {
     mine = std::current_exception();
     verdict = static_cast<char>('A' + static_cast<int>(error.code())) + std::string(error.what());
+  } catch (const std::exception& error) {  // the others must not wait for a rank that ran out of memory, say
+    mine = std::current_exception();
+    verdict = static_cast<char>('A' + static_cast<int>(ErrorCode::kCapacity)) + std::string(error.what());
   }
   const auto all = bootstrap.all_gather(key, verdict);
   if (mine) std::rethrow_exception(mine);

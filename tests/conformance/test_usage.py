@@ -215,6 +215,8 @@ def misuse_pool(context: RankContext, backend: str) -> None:
                 read(theirs)
             with pytest.raises(UnknownNameError):
                 read(5)
+        with pytest.raises(UsageError, match=f"is not streamed to rank {context.rank}"):
+            pool.ring_view(pool.local_layers[0])
         policy = sidp.ModePolicy(PROFILE)
         with pytest.raises(UsageError, match="not published"):
             sidp.Runtime(pool, policy=policy)

@@ -178,6 +178,16 @@ def break_off(context: RankContext, backend: str) -> None:
         assert stats["steps_broken_off"] == broken
         assert stats["steps"]["was"] == broken
         assert stats["layers_drained"] == 2 * sum(range(len(streamed) + 1))
+        context.meet("broken off")
+        with pytest.raises(KeyError, match="engine"):
+            close_inside(runtime)
+
+
+def close_inside(runtime: sidp.Runtime) -> None:
+    """The body's error is what one wants to see, not a refusal to end the step of a closed runtime."""
+    with runtime.step(num_tokens=1):
+        runtime.close()
+        raise KeyError("engine")
 
 
 def test_a_step_that_raises_leaves_the_ring_in_order(backend: str) -> None:

@@ -156,6 +156,8 @@ def make_pool(context: RankContext, difference: str) -> None:
         layers[1] = LayerSpec("other", layers[1].tensors)
     if odd and difference == "layers":
         layers.pop()
+    if odd and difference == "version":
+        sidp.__version__ = "0.0.0"
     slots = 1 if odd and difference == "ring slots" else 2
     residents = [3] if odd and difference == "residents" else []
     sizes = [layer.num_bytes for layer in layers]
@@ -167,9 +169,10 @@ def make_pool(context: RankContext, difference: str) -> None:
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        *((name, "manifest, line 2") for name in SHAPES if name != "same"),
-        ("layer name", "manifest, line 3"),
-        ("layers", "manifest, line 7: 'layer 3"),
+        *((name, "manifest, line 3") for name in SHAPES if name != "same"),
+        ("layer name", "manifest, line 4"),
+        ("layers", "manifest, line 8: 'layer 3"),
+        ("version", "manifest, line 1: 'sidp_runtime "),
         ("ring slots", "placement, line 1: 'world_size 3 ring_slots"),
         ("residents", "placement, line"),
     ],

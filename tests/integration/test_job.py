@@ -165,16 +165,17 @@ def left_in_shared_memory() -> list[str]:
 
 
 class Killer:
-    """Kills one replica of a job at a moment after its start, whatever it is doing then."""
+    """Kills one replica of a job at a moment after an event, whatever it is doing then."""
 
-    def __init__(self, moment_s: float, victim: int) -> None:
+    def __init__(self, event: str, moment_s: float, victim: int) -> None:
         self.killed: int | None = None
+        self._event = event
         self._moment_s = moment_s
         self._victim = victim
         self._thread = threading.Thread(target=self._kill)
 
     def on_event(self, name: str, *values: Any) -> None:
-        if name == "starting" and self._thread.ident is None:
+        if name == self._event and self._thread.ident is None:
             self._thread.start()
 
     def _kill(self) -> None:
@@ -196,9 +197,12 @@ def test_killed_at_twenty_random_moments(
     choose = random.Random(20)
     whole = run(config(model, prompts, tmp_path / "whole.jsonl", mode="was"))
     whole_s = whole.start_s + whole.work_s
+    # by turns, as one of the two may take most of the time
+    phases = [("starting", whole.start_s), ("ready", whole.work_s)]
     fates = {"restarted": 0, "went on": 0, "too late": 0}
     for attempt in range(50):
-        killer = Killer(choose.uniform(0, whole_s), choose.randrange(3))
+        event, length_s = phases[attempt % 2]
+        killer = Killer(event, choose.uniform(0, length_s), choose.randrange(3))
         out, replicas = tmp_path / f"{attempt}.jsonl", choose.choice((2, 3))
         begin = time.monotonic()
         report = run(config(model, prompts, out, replicas, mode=choose.choice(("was", "cas"))), killer.on_event)
@@ -214,7 +218,7 @@ def test_killed_at_twenty_random_moments(
         if fates["restarted"] + fates["went on"] == 20:
             break
     assert fates["restarted"] + fates["went on"] == 20, fates
-    assert min(fates["restarted"], fates["went on"]) > 0, f"the moments were not spread: {fates}"
+    assert min(fates["restarted"], fates["went on"]) >= 5, f"the moments were not spread: {fates}"
 
 
 def test_all_killed_then_resumed_with_other_replicas_and_mode(
