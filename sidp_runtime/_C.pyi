@@ -36,6 +36,7 @@ __all__: list[str] = [
     "predict_step_ms",
     "put_answer",
     "request_slot",
+    "service_stream",
     "torch_kernel",
     "unlink_segments",
 ]
@@ -313,7 +314,11 @@ class Runtime:
         test_service_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     def begin_step(
-        self, num_tokens: typing.SupportsInt | typing.SupportsIndex, kind: StepKind = ..., mode: Mode | None = None
+        self,
+        num_tokens: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
+        kind: StepKind = ...,
+        mode: Mode | None = None,
     ) -> Decision: ...
     def bucket(
         self, layer: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex
@@ -321,13 +326,21 @@ class Runtime:
         """
         Rows of the result that a request of so many rows needs room for.
         """
+    def check(self) -> None:
+        """
+        Throws if a stream-ordered request was not answered.
+        """
     def close(self) -> None: ...
-    def end_step(self, broken_off: bool, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> None: ...
+    def end_step(self, broken_off: bool) -> None: ...
     def fetch_layer(
         self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> None:
         """
         Waits for the layer, or makes the stream wait; its bytes are at the address that the placement gives.
+        """
+    def launched(self) -> None:
+        """
+        The graph of a replay step has been launched; call at once.
         """
     def release_layer(
         self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
@@ -451,6 +464,11 @@ def request_slot(
 ) -> ByteView:
     """
     The slot that a requester's rows come to at an owner, as mapped here.
+    """
+
+def service_stream(runtime: Runtime) -> int:
+    """
+    The stream that the owner's graphs are launched on.
     """
 
 def torch_kernel(

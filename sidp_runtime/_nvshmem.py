@@ -35,11 +35,11 @@ def initialise(group: Group, device: int | None) -> int:
     ``DeadlineError``.
     """
     global _job, _failed
+    config.load_kernels_early()  # before anything starts CUDA, as the next line may
     if reason := missing():
         raise UnsupportedError(f"backend 'nvshmem': {reason}", rank=group.rank)
     if _failed:
         raise DeviceError(f"NVSHMEM failed in this process before: {_failed}; start a new one", rank=group.rank)
-    config.load_kernels_early()
     config.check_nvshmem()
     from . import _torch_gpu
 

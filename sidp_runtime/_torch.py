@@ -6,6 +6,7 @@ import datetime
 import itertools
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,14 @@ def versions() -> str:
     from . import __version__
 
     return f"sidp_runtime {__version__} torch {torch.__version__}"
+
+
+def on_stream(handle: int, device: int | None) -> AbstractContextManager[Any]:
+    """Makes a CUDA stream torch's current one; nothing to do on the host (``device`` None)."""
+    if device is None or torch.cuda.current_stream(device).cuda_stream == handle:
+        return nullcontext()
+    stream = torch.cuda.ExternalStream(handle, device)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -32,6 +32,11 @@ def use_device(ordinal: int | None) -> int:
     return chosen
 
 
+def synchronize(device: int) -> None:
+    """Waits for everything on a device."""
+    torch.cuda.synchronize(device)
+
+
 def stream_handle(stream: object, device: int) -> int:
     """The CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
     if stream is None:
@@ -59,7 +64,8 @@ def capture_ops(
     rank, world_size, placement = pool.group.rank, pool.group.world_size, pool.placement
     captured: list[torch.cuda.CUDAGraph] = []
     with torch.cuda.device(pool.group.device), torch.no_grad():
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # cuBLAS keeps one workspace a stream, and torch hands its own streams out to anybody
+        stream = torch.cuda.ExternalStream(_C.service_stream(core))  # type: ignore[no-untyped-call]
         memory = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         for op, kernels in ops:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _C, _torch
 from ._C import Mode, StepKind
@@ -16,6 +17,12 @@ from .weight_pool import WeightPool
 
 if TYPE_CHECKING:
     import torch
+
+
+class Replayable(Protocol):
+    """What a ``torch.cuda.CUDAGraph`` is here."""
+
+    def replay(self) -> Any: ...
 
 
 class Step:
@@ -31,6 +38,13 @@ class Step:
         self._mode = mode
         self._decision: _C.Decision | None = None
 
+    def replay(self, graph: Replayable) -> None:
+        """Launches, once, a graph that was captured in ``mode``; for steps of ``replay_step`` only."""
+        with _torch.on_stream(self._stream, self._runtime._device):
+            graph.replay()
+        # before anything else can wait for the graph: its own waits need the copies that this queues
+        self._runtime._core.launched()
+
     @property
     def mode(self) -> Mode:
         return self._begun().mode
@@ -45,7 +59,7 @@ class Step:
         return self._decision
 
     def __enter__(self) -> Step:
-        self._decision = self._runtime._core.begin_step(self._num_tokens, self._kind, self._mode)
+        self._decision = self._runtime._core.begin_step(self._num_tokens, self._stream, self._kind, self._mode)
         return self
 
     def __exit__(
@@ -53,7 +67,7 @@ class Step:
     ) -> None:
         if kind is not None and self._runtime.closed:
             return  # the body's error says more than a refusal to end the step
-        self._runtime._core.end_step(kind is not None, self._stream)
+        self._runtime._core.end_step(kind is not None)
 
 
 class Runtime:
@@ -63,8 +77,9 @@ class Runtime:
     largest request. ``deadline_ms``: bound of every wait in a step, by default the group's.
 
     On the host the stream is the calling thread, and ``stream`` takes only ``None``. On a GPU calls only enqueue:
-    ``stream`` is a ``torch.cuda.Stream``, a handle, or ``None`` for torch's current one, one stream a step. Steps can
-    be captured in CUDA graphs (``capture_step``). ``row_buckets``: the row counts that owners compute, ascending; a
+    ``stream`` is a ``torch.cuda.Stream``, a handle, or ``None`` for torch's current one; a step runs on one stream and
+    follows the step before it whatever stream that ran on. What goes wrong on a stream ``check`` tells. Steps can be
+    captured in CUDA graphs (``capture_step``). ``row_buckets``: the row counts that owners compute, ascending; a
     request is rounded up to the next one, and ``max_rows`` defaults to the largest. By default powers of two up to
     ``max_rows``. Ops are captured for each of them here.
     """
@@ -120,6 +135,7 @@ class Runtime:
             i: pool.layer_view(i) if pool.is_local(i) else pool.ring_view(i) for i in range(len(pool.layers))
         }
         self.handle = _torch.register_runtime(self)
+        pool._runtime = weakref.ref(self)
         self._graphs: list[Any] = []  # own the memory that the captured ops use
         if buckets:
             from . import _torch_gpu
@@ -161,8 +177,8 @@ class Runtime:
     def step(self, num_tokens: int, *, stream: object = None) -> Step:
         """A forward pass of ``num_tokens`` rows; the mode is chosen when it is entered. Steps do not nest.
 
-        If the body raises, layers that it did not use are skipped and the next step finds everything in order. On a
-        GPU, entering raises ``DeadlineError`` or ``RemoteOpError`` if an earlier step's request was never answered.
+        If the body raises, layers that it did not use are skipped and the next step finds everything in order.
+        Entering raises what ``check`` raises.
         """
         return Step(self, num_tokens, self._stream(stream))
 
@@ -177,17 +193,26 @@ class Runtime:
     def replay_step(self, num_tokens: int, *, stream: object = None) -> Step:
         """A step whose body launches, once, the graph that was captured in ``step.mode``, and calls nothing else here.
 
-        ``with runtime.replay_step(n) as step: graphs[step.mode].replay()``
+        ``with runtime.replay_step(n) as step: step.replay(graphs[step.mode])``
         """
         return Step(self, num_tokens, self._stream(stream), StepKind.REPLAY)
 
-    def begin_step(self, num_tokens: int) -> _C.Decision:
+    def begin_step(self, num_tokens: int, *, stream: object = None) -> _C.Decision:
         """Opens a step where a context manager does not fit; close it with ``end_step``."""
-        return self._core.begin_step(num_tokens)
+        return self._core.begin_step(num_tokens, self._stream(stream))
 
-    def end_step(self, *, broken_off: bool = False, stream: object = None) -> None:
+    def end_step(self, *, broken_off: bool = False) -> None:
         """Closes it. ``UsageError`` if a WaS step skipped a streamed layer and did not break off."""
-        self._core.end_step(broken_off, self._stream(stream))
+        self._core.end_step(broken_off)
+
+    def check(self) -> None:
+        """Raises if a request of a step on a GPU was not answered: call it once the stream is synchronised, before use.
+
+        ``DeadlineError`` or ``RemoteOpError``; what the steps computed since is void, and so is the runtime: close it.
+        At an owner, ``RemoteOpError`` if it could not launch an op that it was asked for. Nothing to find on the host,
+        where calls raise themselves.
+        """
+        self._core.check()
 
     def fetch_layer(self, layer: int, *, stream: object = None) -> dict[str, torch.Tensor]:
         """The layer's tensors by name, valid until ``release_layer``; the same objects each step.
@@ -230,10 +255,11 @@ class Runtime:
         handle = self._stream(stream)
         program = self.op_program(op, layer)
         index = self._op_index(op)
-        rows = _torch.request_rows(self._op_list[index], x, self._device)
-        bucket = self._core.bucket(layer, rows.shape[0])
-        flat, outputs = _torch.reply_rows(program, rows.shape[0], bucket, rows.device)
-        self._core.remote_compute(layer, index, rows, flat, handle)
+        with _torch.on_stream(handle, self._device):  # torch gives and takes memory by its current stream
+            rows = _torch.request_rows(self._op_list[index], x, self._device)
+            bucket = self._core.bucket(layer, rows.shape[0])
+            flat, outputs = _torch.reply_rows(program, rows.shape[0], bucket, rows.device)
+            self._core.remote_compute(layer, index, rows, flat, handle)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def stats(self) -> dict[str, Any]:

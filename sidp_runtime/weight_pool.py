@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,12 +18,14 @@ from .placement import Placement
 if TYPE_CHECKING:
     import torch
 
+    from .runtime import Runtime
+
 
 class WeightPool:
     """Each layer's bytes lie once in the group, at its owner, or on every rank if it is resident.
 
-    Constructing is collective: versions, manifests and placements are compared on all ranks before anything is allocated
-    (``ManifestMismatchError`` names the first difference), and if one rank cannot allocate, all raise
+    Constructing is collective: versions, manifests and placements are compared on all ranks before anything is
+    allocated (``ManifestMismatchError`` names the first difference), and if one rank cannot allocate, all raise
     ``CapacityError`` and keep nothing. Fill the local layers (``load`` or ``layer_view`` and ``publish``), then give
     the pool to a ``Runtime``.
     """
@@ -44,6 +47,7 @@ class WeightPool:
         self.backend = group.make_backend()
         # another version of either may lay out or compute differently
         manifest = f"{_torch.versions()}\n{manifest_text(self.layers)}"
+        self._runtime: weakref.ref[Runtime] | None = None
         self._pool: _C.WeightPool | None = _C.WeightPool(self.backend, placement, manifest)
 
     @property
@@ -111,6 +115,10 @@ class WeightPool:
 
     def publish(self) -> None:
         """This rank's layers are final; returns when those of all ranks are. Collective."""
+        if self.group.device is not None:
+            from . import _torch_gpu
+
+            _torch_gpu.synchronize(self.group.device)  # what torch still writes there must not be read half done
         self.core.publish()
 
     def ring_view(self, layer: int) -> dict[str, torch.Tensor]:
@@ -131,10 +139,13 @@ class WeightPool:
         """Lets go of the memory. Idempotent.
 
         On the host, tensors made of it stay valid and peers keep what they have mapped. On a GPU closing is
-        collective, because NVSHMEM frees on all ranks at once, and tensors of the pool are void afterwards; close
-        runtimes first. If a rank died or does not come within the group's deadline, the memory stays until the process
-        ends and a ``ResourceWarning`` says so.
+        collective, because NVSHMEM frees on all ranks at once, and tensors of the pool are void afterwards, so the
+        runtime that uses it is closed first. If a rank died or does not come within the group's deadline, the memory
+        stays until the process ends and a ``ResourceWarning`` says so.
         """
+        runtime = self._runtime() if self._runtime is not None else None
+        if self._pool is not None and self.group.device is not None and runtime is not None:
+            runtime.close()
         pool, self._pool = self._pool, None
         if pool is not None and not pool.close_backend():
             warnings.warn(

@@ -49,6 +49,10 @@ void put_answer(const Runtime& runtime, Rank owner, Rank requester,
   channel_of(runtime).put_answer({reinterpret_cast<void*>(stream)}, owner, requester, blocks);
 }
 
+std::uintptr_t service_stream(const Runtime& runtime) {
+  return reinterpret_cast<std::uintptr_t>(channel_of(runtime).service_stream());
+}
+
 ByteView peer_layer(const std::shared_ptr<WeightPool>& pool, LayerIndex layer) {
   auto* bytes = const_cast<std::byte*>(pool->peer_layer(layer));
   if (bytes == nullptr)
@@ -64,6 +68,7 @@ ByteView request_slot(const std::shared_ptr<Runtime>&, Rank, Rank, ByteCount) { 
 void put_answer(const Runtime&, Rank, Rank, const std::vector<std::pair<std::uintptr_t, ByteCount>>&, std::uintptr_t) {
   not_here();
 }
+std::uintptr_t service_stream(const Runtime&) { not_here(); }
 ByteView peer_layer(const std::shared_ptr<WeightPool>&, LayerIndex) { not_here(); }
 
 #endif
@@ -79,6 +84,7 @@ void bind_graphs(py::module_& m) {
         "The slot that a requester's rows come to at an owner, as mapped here.");
   m.def("put_answer", &put_answer, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("sources"),
         py::arg("stream"), "Enqueues the answer: sources are (address, bytes), one after the other into the slot.");
+  m.def("service_stream", &service_stream, py::arg("runtime"), "The stream that the owner's graphs are launched on.");
   m.def("peer_layer", &peer_layer, py::arg("pool"), py::arg("layer"),
         "A streamed layer at its owner as mapped here; read-only.");
 }

@@ -96,12 +96,16 @@ void bind_runtime(py::module_& m) {
            py::arg("row_buckets") = std::vector<std::int64_t>{}, py::arg("deferred_start") = false,
            py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0, ReleaseGil())
       .def("start", &Runtime::start, ReleaseGil(), "Collective after deferred_start: begins to answer the other ranks.")
-      .def("begin_step", &Runtime::begin_step, py::arg("num_tokens"), py::arg_v("kind", StepKind::kRun, "StepKind.RUN"),
-           py::arg("mode") = py::none())
       .def(
-          "end_step",
-          [](Runtime& r, bool broken_off, std::uintptr_t stream) { r.end_step(stream_of(stream), broken_off); },
-          py::arg("broken_off"), py::arg("stream") = 0, ReleaseGil())
+          "begin_step",
+          [](Runtime& r, std::int64_t num_tokens, std::uintptr_t stream, StepKind kind, std::optional<Mode> mode) {
+            return r.begin_step(stream_of(stream), num_tokens, kind, mode);
+          },
+          py::arg("num_tokens"), py::arg("stream") = 0, py::arg_v("kind", StepKind::kRun, "StepKind.RUN"),
+          py::arg("mode") = py::none())
+      .def("launched", &Runtime::launched, "The graph of a replay step has been launched; call at once.")
+      .def("end_step", &Runtime::end_step, py::arg("broken_off"), ReleaseGil())
+      .def("check", &Runtime::check, "Throws if a stream-ordered request was not answered.")
       .def(
           "fetch_layer",
           [](Runtime& r, LayerIndex layer, std::uintptr_t stream) { r.fetch_layer(stream_of(stream), layer); },

@@ -63,10 +63,15 @@ Runtime::~Runtime() { close(); }
 void Runtime::close() noexcept {
   if (closed_) return;
   closed_ = true;
+  Backend& backend = pool_->backend();
+  if (in_step_ && kind_ != StepKind::kCapture) backend.mark_step_end(stream_);
   // Lane and service go on until no stream waits for them.
-  pool_->backend().wait_step_end(2 * options_.deadline);
+  if (!backend.wait_step_end(2 * options_.deadline) && channel_) {
+    channel_->give_up();
+    backend.wait_step_end(options_.deadline);
+  }
   if (channel_) channel_->stop();
-  pool_->backend().leave();
+  backend.leave();
   prefetcher_->stop();
 }
 
@@ -81,6 +86,20 @@ void Runtime::check_in_step(const char* call) const {
                 {.rank = pool_->backend().rank()});
 }
 
+void Runtime::check_stream(const char* call, Stream stream) const {
+  if (stream.handle != stream_.handle)
+    throw Error(ErrorCode::kUsage,
+                std::string(call) +
+                    " on another stream than its step's; a step runs on one stream, so pass the one "
+                    "that it was begun with",
+                {.rank = pool_->backend().rank()});
+}
+
+void Runtime::check() const {
+  check_open();
+  if (channel_) channel_->check();
+}
+
 bool Runtime::peers_available() const {
   return std::all_of(owners_.begin(), owners_.end(),
                      [&](Rank owner) { return channel_ ? channel_->available(owner) : pool_->backend().alive(owner); });
@@ -90,7 +109,7 @@ std::optional<double>& Runtime::measured(Mode mode, std::int64_t num_tokens) {
   return step_ms_[index(mode)][static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(num_tokens))) % 64];
 }
 
-Decision Runtime::begin_step(std::int64_t num_tokens, StepKind kind, std::optional<Mode> mode) {
+Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind kind, std::optional<Mode> mode) {
   check_open();
   if (in_step_)
     throw Error(ErrorCode::kUsage, "a step is open already; steps do not nest", {.rank = pool_->backend().rank()});
@@ -103,7 +122,9 @@ Decision Runtime::begin_step(std::int64_t num_tokens, StepKind kind, std::option
   if (kind != StepKind::kRun && !pool_->backend().capabilities().stream_ordered)
     throw Error(ErrorCode::kUnsupported,
                 "backend '" + pool_->backend().capabilities().name + "' has no graphs to capture or replay");
-  if (channel_) channel_->check();
+  check();
+  if (kind != StepKind::kCapture && last_stream_ && last_stream_->handle != stream.handle)
+    pool_->backend().follow_step_end(stream);
   const PolicySnapshot snapshot{.num_tokens = num_tokens,
                                 .max_rows = mailbox_ ? mailbox_->max_rows() : 0,
                                 .peers_available = peers_available(),
@@ -113,6 +134,8 @@ Decision Runtime::begin_step(std::int64_t num_tokens, StepKind kind, std::option
   decision_ = decide(snapshot, shape_, options_.profile, options_.policy);
   if (mode) decision_ = {*mode, Reason::kFixed, 0, 0};
   kind_ = kind;
+  stream_ = stream;
+  launched_ = false;
   in_step_ = true;
   step_tokens_ = num_tokens;
   step_start_ = Clock::now();
@@ -120,10 +143,19 @@ Decision Runtime::begin_step(std::int64_t num_tokens, StepKind kind, std::option
   return decision_;
 }
 
-void Runtime::end_step(Stream stream, bool broken_off) {
+void Runtime::launched() {
+  check_in_step("launched");
+  if (kind_ != StepKind::kReplay || launched_)
+    throw Error(ErrorCode::kUsage,
+                launched_ ? "a replay step launches its graph once" : "launched() is for replay steps",
+                {.rank = pool_->backend().rank()});
+  launched_ = true;
+  if (decision_.mode == Mode::kWas) prefetcher_->replayed_step();
+}
+
+void Runtime::end_step(bool broken_off) {
   check_in_step("end_step");
   in_step_ = false;
-  if (kind_ == StepKind::kReplay && decision_.mode == Mode::kWas && !broken_off) prefetcher_->replayed_step();
   if (kind_ == StepKind::kCapture) {
     const bool whole = decision_.mode == Mode::kCas || prefetcher_->step_complete();
     prefetcher_->forget_step();
@@ -135,21 +167,26 @@ void Runtime::end_step(Stream stream, bool broken_off) {
           {.rank = pool_->backend().rank()});
     return;
   }
+  last_stream_ = stream_;
   struct MarkEnd {  // however the step ends
     Backend& backend;
     Stream stream;
     ~MarkEnd() { backend.mark_step_end(stream); }
-  } const mark{pool_->backend(), stream};
+  } const mark{pool_->backend(), stream_};
   ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
   stats_.last_decision = decision_;
   const bool skipped = decision_.mode == Mode::kWas && !lane_failed_ && !prefetcher_->step_complete();
   if (skipped) {
     lane_failed_ = true;  // stays so if the drain outlives its deadline: the ring is then out of order
-    prefetcher_->drain_step(stream);
+    prefetcher_->drain_step(stream_);
     lane_failed_ = false;
   }
-  if (broken_off || skipped || lane_failed_) {
+  const bool not_launched = kind_ == StepKind::kReplay && !launched_;
+  if (broken_off || skipped || not_launched || lane_failed_) {
     ++stats_.steps_broken_off;
+    if (!broken_off && not_launched)
+      throw Error(ErrorCode::kUsage, "the replay step ended without its graph having been launched; see replay()",
+                  {.rank = pool_->backend().rank()});
     if (!broken_off && skipped)
       throw Error(ErrorCode::kUsage,
                   "the step ended before every streamed layer was fetched and released; the rest was skipped",
@@ -167,6 +204,7 @@ void Runtime::end_step(Stream stream, bool broken_off) {
 
 const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
   check_in_step("fetch_layer");
+  check_stream("fetch_layer", stream);
   if (pool_->is_local(layer)) return pool_->local_layer(layer);
   if (decision_.mode != Mode::kWas)
     throw Error(ErrorCode::kUsage,
@@ -183,12 +221,14 @@ const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
 
 void Runtime::release_layer(Stream stream, LayerIndex layer) {
   check_in_step("release_layer");
+  check_stream("release_layer", stream);
   if (!pool_->is_local(layer)) prefetcher_->release(stream, layer);
 }
 
 void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
                              std::byte* y) {
   check_in_step("remote_compute");
+  check_stream("remote_compute", stream);
   if (!channel_) throw Error(ErrorCode::kUnknownName, "no ops were declared when this runtime was made");
   if (pool_->is_local(layer))
     throw Error(ErrorCode::kUsage, "layer " + std::to_string(layer) + " is local; fetch it and compute here",

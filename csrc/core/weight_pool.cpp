@@ -41,12 +41,18 @@ WeightPool::WeightPool(std::shared_ptr<Backend> backend, Placement placement, co
     slots = std::max(slots, placement_.num_slots(r));
   }
   first_request_flag_ = static_cast<std::uint32_t>(slots);
-  backend_->create_flags(first_request_flag_ + 2 * static_cast<std::uint32_t>(world_size));
-  owned_ = backend_->allocate_symmetric(pool_bytes, "pool", /*peer_writable=*/false);
-  all_or_none(bootstrap, rank, "local memory", [&] {
-    if (placement_.resident_bytes() > 0) resident_ = backend_->allocate_local(placement_.resident_bytes(), "resident");
-    if (placement_.ring_bytes(rank) > 0) ring_ = backend_->allocate_local(placement_.ring_bytes(rank), "ring");
-  });
+  try {
+    backend_->create_flags(first_request_flag_ + 2 * static_cast<std::uint32_t>(world_size));
+    owned_ = backend_->allocate_symmetric(pool_bytes, "pool", /*peer_writable=*/false);
+    all_or_none(bootstrap, rank, "local memory", [&] {
+      if (placement_.resident_bytes() > 0)
+        resident_ = backend_->allocate_local(placement_.resident_bytes(), "resident");
+      if (placement_.ring_bytes(rank) > 0) ring_ = backend_->allocate_local(placement_.ring_bytes(rank), "ring");
+    });
+  } catch (...) {
+    backend_->close();  // all ranks failed, so all come; symmetric memory would stay otherwise
+    throw;
+  }
 }
 
 std::byte* WeightPool::local_layer(LayerIndex layer) const {

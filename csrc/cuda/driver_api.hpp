@@ -32,8 +32,8 @@ struct Status {
   X(cuDeviceCanAccessPeer)            \
   X(cuDevicePrimaryCtxRetain)         \
   X(cuDevicePrimaryCtxRelease)        \
-  X(cuCtxGetCurrent)                  \
-  X(cuCtxSetCurrent)                  \
+  X(cuCtxPushCurrent)                 \
+  X(cuCtxPopCurrent)                  \
   X(cuCtxGetStreamPriorityRange)      \
   X(cuMemGetInfo)                     \
   X(cuMemAlloc)                       \
@@ -49,6 +49,7 @@ struct Status {
   X(cuStreamDestroy)                  \
   X(cuStreamQuery)                    \
   X(cuStreamSynchronize)              \
+  X(cuStreamWaitEvent)                \
   X(cuStreamWaitValue32)              \
   X(cuStreamWriteValue32)             \
   X(cuStreamBatchMemOp)               \

@@ -118,8 +118,11 @@ class ActivationChannel {
   // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws.
   virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
                        std::byte* y) = 0;
-  // Throws Error(kDeadline) if an earlier request was never answered: the results of its step are void.
+  // Throws Error(kDeadline) or Error(kRemoteOp) if an earlier request was not answered: the results of its step are
+  // void. Also Error(kRemoteOp) at an owner that could not launch an op.
   virtual void check() const {}
+  // Streams that still wait for answers go on without them: their steps are void.
+  virtual void give_up() noexcept {}
   // False once the rank was found dead or did not answer.
   [[nodiscard]] virtual bool available(Rank owner) const = 0;
   [[nodiscard]] virtual RequesterStats requester_stats() const = 0;

@@ -128,11 +128,12 @@ class Backend {
   [[nodiscard]] virtual bool alive(Rank rank) const = 0;
   // Tells the peers that this rank no longer answers; its memory stays readable where they have mapped it.
   virtual void leave() noexcept = 0;
-  // Remembers a point of a stream, after the waits of a step; and waits, for at most the deadline, until the last such
-  // point is past: then no stream waits for this rank's lane or service any more. True where calls do not outlast a
-  // step.
+  // Remembers a point of a stream, after the waits of a step. Then: waits, for at most the deadline, until the last
+  // such point is past, when no stream waits for this rank's lane or service any more; or makes another stream wait for
+  // it. Nothing to do where calls do not outlast a step.
   virtual void mark_step_end(Stream) noexcept {}
   virtual bool wait_step_end(Milliseconds) noexcept { return true; }
+  virtual void follow_step_end(Stream) {}
   // Collective, last: frees symmetric memory once every living rank has come here. If a rank died or does not come
   // within the deadline of the bootstrap the memory stays allocated until the process ends, and false is returned.
   virtual bool close() { return true; }

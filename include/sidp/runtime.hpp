@@ -57,14 +57,22 @@ class Runtime {
   // Collective after deferred_start: every rank's ops are in place.
   void start();
 
-  // Begins a step of num_tokens rows and fixes its mode, which is the policy's, or `mode` when capturing. Throws
-  // Error(kUsage) inside another step, Error(kDeadline) if a stream-ordered request of an earlier step was never
-  // answered, Error(kDevice).
-  Decision begin_step(std::int64_t num_tokens, StepKind kind = StepKind::kRun, std::optional<Mode> mode = {});
-  // Ends it. broken_off: what the step did not use is consumed unread, so that the next step finds the lane in order;
-  // otherwise a WaS step that skipped layers throws Error(kUsage) after the same.
-  void end_step(Stream stream, bool broken_off);
+  // Begins a step of num_tokens rows on a stream and fixes its mode, which is the policy's, or `mode` when capturing.
+  // A stream other than that of the step before waits for the end of that step. Throws Error(kUsage) inside another
+  // step and what check() throws.
+  Decision begin_step(Stream stream, std::int64_t num_tokens, StepKind kind = StepKind::kRun,
+                      std::optional<Mode> mode = {});
+  // The graph of a kReplay step has been launched on its stream; call at once, as its waits need copies queued.
+  void launched();
+  // Ends the step. broken_off: what it did not use is consumed unread, so that the next step finds the lane in order;
+  // otherwise a WaS step that skipped layers, or a kReplay step without launched(), throws Error(kUsage) after the
+  // same.
+  void end_step(bool broken_off);
+  // Throws Error(kDeadline) or Error(kRemoteOp) if a stream-ordered request was not answered: what the streams computed
+  // since is void. Call it when they are synchronised and before results are used.
+  void check() const;
 
+  // `stream` is that of the step in all three, or Error(kUsage).
   // First byte of the layer, valid until release_layer: its own memory for a local layer, the ring for a streamed one.
   // Streamed layers only in a WaS step. Errors as Prefetcher::fetch.
   const std::byte* fetch_layer(Stream stream, LayerIndex layer);
@@ -82,6 +90,7 @@ class Runtime {
  private:
   void check_open() const;
   void check_in_step(const char* call) const;
+  void check_stream(const char* call, Stream stream) const;
   [[nodiscard]] bool peers_available() const;
   std::optional<double>& measured(Mode mode, std::int64_t num_tokens);
 
@@ -97,6 +106,9 @@ class Runtime {
   bool in_step_ = false;
   bool lane_failed_ = false;  // a fetch outlived its deadline: the ring's state is unknown
   StepKind kind_ = StepKind::kRun;
+  Stream stream_{};                    // of the open step
+  std::optional<Stream> last_stream_;  // of the last one that ran
+  bool launched_ = false;
   Decision decision_{};
   std::optional<Mode> previous_;
   std::int64_t step_tokens_ = 0;

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "backends/registry.hpp"
+#include "emulated_gpu.hpp"
 #include "file_bootstrap.hpp"
 #include "usage_checks.hpp"
 #include "workload.hpp"
@@ -66,10 +67,24 @@ class RankProcess {
     };
     auto bootstrap = std::make_shared<FileBootstrap>(folder_, rank_, spec_.world_size,
                                                      Milliseconds(number("setup_deadline_ms", 30000)), hold);
-    auto backend = make_backend({"host", rank_, spec_.world_size, token_}, bootstrap);
+    const std::string name = text("backend", "host");
+    if (name == "nvshmem") gpu_ = make_emulated_gpu(folder_, rank_, spec_.world_size);
+    if (text("do", "steps") == "reopen") return reopen(bootstrap);
+    auto backend = make_backend({.name = name,
+                                 .rank = rank_,
+                                 .world_size = spec_.world_size,
+                                 .token = token_,
+                                 .device = 0,
+                                 .deadline = Milliseconds(number("setup_deadline_ms", 30000)),
+                                 .test_without_mappings = number("unmapped", 0) != 0},
+                                bootstrap);
     if (number("odd_layer", -1) >= 0) ++spec_.layer_bytes.at(static_cast<std::size_t>(number("odd_layer", 0)));
-    Workload workload(backend, spec_, {});
-    std::vector<Op> ops = workload.ops();
+    WorkloadHooks hooks = gpu_ ? gpu_->hooks() : WorkloadHooks{};
+    if (const std::int64_t ms = number("op_delay_ms", 0); ms > 0)
+      hooks.pause = [ms] { std::this_thread::sleep_for(Milliseconds(ms)); };
+    Workload workload(backend, spec_, hooks);
+    const std::vector<Op> plain_ops = workload.ops();
+    std::vector<Op> ops = gpu_ ? gpu_->ops(*backend, plain_ops) : plain_ops;
     if (number("odd_op", 0) != 0) ops[1].name = "other";
     if (number("no_ops", 0) != 0) ops.clear();
     RuntimeOptions options;
@@ -80,25 +95,71 @@ class RankProcess {
     if (text("mode", "auto") == "cas") options.policy.fixed = Mode::kCas;
     options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
+    if (gpu_ && !ops.empty()) {
+      options.row_buckets = {1, spec_.max_rows};
+      options.deferred_start = true;
+    }
     Runtime runtime(workload.pool(), ops, options);
+    if (options.deferred_start) {
+      gpu_->capture(runtime, plain_ops);
+      runtime.start();
+    }
+    if (number("fail_launches", 0) != 0) gpu_->fail_launches();
     mark("ready");
     const std::string what = text("do", "steps");
     if (what == "usage") {
-      check_usage(workload, runtime, spec_, options.policy.fixed);
+      check_usage(workload, runtime, spec_, options.policy.fixed, gpu_ ? gpu_->hooks().stream : Stream{});
+      mark("usage checked");
     } else if (what == "slow_lane") {
       check_slow_lane(runtime, workload, /*break_off=*/false);
     } else if (what == "slow_drain") {
       check_slow_lane(runtime, workload, /*break_off=*/true);
+    } else if (what == "streams") {
+      gpu_->check_streams(workload, runtime);
+    } else if (what == "replay") {
+      gpu_->check_replay(workload, runtime);
+    } else if (what == "close_in_step") {
+      std::mt19937_64 random(5);
+      workload.forward(runtime, runtime.begin_step(gpu_->hooks().stream, 1).mode, 5, random);
+      runtime.close();
+      return gpu_->finish();
     } else {
       steps(workload, runtime);
     }
+    if (gpu_) gpu_->wait();
+    if (what == "steps") runtime.check();  // before what was computed is looked at
+    if (gpu_) gpu_->finish();
     if (number("linger", 0) != 0) {
       mark("waiting");
       await("stop");
+      if (what == "steps") runtime.check();
     }
     report(runtime.stats());
     runtime.close();
+    note("freed", backend->close() ? 1 : 0);
     mark("closed");
+  }
+
+  // Pools one after the other on a device where others take memory and give it back in between.
+  void reopen(const std::shared_ptr<Bootstrap>& bootstrap) {
+    gpu_->set_total(static_cast<std::size_t>(number("total", 0)));
+    const bool takes = number("take_rank", rank_) == rank_;
+    for (std::int64_t i = 0; i < number("times", 3); ++i) {
+      if (takes && i == number("take_at", -1)) gpu_->take(number("take", 0));
+      if (takes && i == number("give_back_at", -1)) gpu_->take(-number("take", 0));
+      const std::string token = token_ + std::to_string(i);
+      auto backend = make_backend(
+          {.name = "nvshmem", .rank = rank_, .world_size = spec_.world_size, .token = token, .device = 0}, bootstrap);
+      try {
+        WeightPool pool(backend, spec_.placement(), spec_.manifest());
+        if (!backend->close()) throw std::runtime_error("close() kept the memory");
+        note("opened", i);
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::kCapacity) throw;
+        note("refused", i);
+      }
+      if (gpu_->num_pieces() != 0) throw std::runtime_error("symmetric memory is left");
+    }
   }
 
   // `steps` steps, then on until the mark "stop" is there, then one more.
@@ -114,6 +175,7 @@ class RankProcess {
       if (!stopping && random() % 8 == 0) plan.break_at = static_cast<LayerIndex>(random() % spec_.layer_bytes.size());
       const auto step_start = Clock::now();
       workload.step(runtime, plan, random);
+      if (gpu_ && count % 4 == 3) gpu_->wait();  // an engine does not run ahead for ever
       longest_us = std::max<std::int64_t>(
           longest_us, std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - step_start).count());
     }
@@ -131,6 +193,7 @@ class RankProcess {
     note("fetches", stats.prefetcher.fetches);
     note("fallbacks", stats.requester.fallbacks);
     note("requests", requests);
+    note("rows", stats.requester.rows_sent);
     note("served", served);
     note("copied", copied);
   }
@@ -158,6 +221,7 @@ class RankProcess {
   std::string token_;
   std::map<std::string, std::string> settings_;
   WorkloadSpec spec_;
+  std::unique_ptr<EmulatedGpu> gpu_;
   std::ostringstream result_;
 };
 

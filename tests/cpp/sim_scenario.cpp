@@ -79,12 +79,12 @@ class Engine {
   void check_refuses(Runtime& runtime) {
     report_.lane_failed = true;
     try {
-      runtime.end_step({}, /*broken_off=*/true);
+      runtime.end_step(/*broken_off=*/true);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kUsage) throw;  // the step may have ended already
     }
     try {
-      runtime.begin_step(1);
+      runtime.begin_step({}, 1);
     } catch (const Error& error) {
       if (error.code() == ErrorCode::kUsage) return;
       throw;

@@ -30,14 +30,14 @@ void expect_works(Workload& workload, Runtime& runtime) {
 
 }  // namespace
 
-void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec, std::optional<Mode> mode) {
+void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec, std::optional<Mode> mode,
+                 Stream stream) {
   const Placement& placement = workload.pool()->placement();
   const Rank rank = workload.pool()->backend().rank();
   const auto plan = placement.ring_plan(rank);
   const LayerIndex first = plan[0].layer, second = plan[1].layer;
   LayerIndex local = 0;
   while (!placement.is_local(rank, local)) ++local;
-  const Stream stream{};
   std::vector<std::byte> x(static_cast<std::size_t>(spec.max_rows + 1) * 64), y(x.size());
   const auto compute = [&](LayerIndex layer, OpIndex op, std::int64_t rows) {
     return [&, layer, op, rows] { runtime.remote_compute(stream, layer, op, x.data(), rows, y.data()); };
@@ -48,14 +48,17 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
   expect(ErrorCode::kUsage, "fetch outside a step", fetch(first));
   expect(ErrorCode::kUsage, "release outside a step", release(first));
   expect(ErrorCode::kUsage, "compute outside a step", compute(first, 0, 1));
-  expect(ErrorCode::kUsage, "end outside a step", [&] { runtime.end_step(stream, false); });
-  expect(ErrorCode::kConfig, "a step of no tokens", [&] { runtime.begin_step(0); });
+  expect(ErrorCode::kUsage, "end outside a step", [&] { runtime.end_step(false); });
+  expect(ErrorCode::kConfig, "a step of no tokens", [&] { runtime.begin_step(stream, 0); });
   expect(ErrorCode::kUsage, "publishing twice", [&] { workload.pool()->publish(); });
   expect(ErrorCode::kUsage, "writing a peer's layer", [&] { (void)workload.pool()->local_layer(first); });
   expect_works(workload, runtime);
 
-  runtime.begin_step(1);
-  expect(ErrorCode::kUsage, "a step in a step", [&] { runtime.begin_step(1); });
+  runtime.begin_step(stream, 1);
+  int other = 0;
+  expect(ErrorCode::kUsage, "another stream", [&] { (void)runtime.fetch_layer({&other}, local); }, "another stream");
+  expect(ErrorCode::kUsage, "launched() of a step that runs", [&] { runtime.launched(); }, "replay");
+  expect(ErrorCode::kUsage, "a step in a step", [&] { runtime.begin_step(stream, 1); });
   expect(ErrorCode::kUnknownName, "fetch of no layer", fetch(placement.num_layers()));
   expect(ErrorCode::kUnknownName, "release of no layer", release(-1));
   expect(ErrorCode::kUnknownName, "compute on no layer", compute(placement.num_layers(), 0, 1));
@@ -71,7 +74,7 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
     std::size_t next = 1;
     while (next < plan.size() && plan[next].slot != plan[0].slot) fetch(plan[next++].layer)();
     expect(ErrorCode::kUsage, "fetch into a held slot", fetch(plan[next].layer), "slot");
-    expect(ErrorCode::kUsage, "an incomplete step", [&] { runtime.end_step(stream, false); }, "skipped");
+    expect(ErrorCode::kUsage, "an incomplete step", [&] { runtime.end_step(false); }, "skipped");
   } else {
     expect(ErrorCode::kUsage, "fetch in a CaS step", fetch(first));
     expect(ErrorCode::kShape, "no rows", compute(first, 0, 0));
@@ -79,19 +82,19 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
     expect(ErrorCode::kUnknownName, "no such op", compute(first, 2, 1));
     expect(ErrorCode::kUnknownName, "no such op", compute(first, -1, 1));
     expect(ErrorCode::kUnknownName, "op that the layer lacks", compute(first % 2 == 1 ? first : second, 1, 1));
-    runtime.end_step(stream, false);
+    runtime.end_step(false);
   }
   expect_works(workload, runtime);
-  runtime.begin_step(1);
-  runtime.end_step(stream, /*broken_off=*/true);
+  runtime.begin_step(stream, 1);
+  runtime.end_step(/*broken_off=*/true);
   expect_works(workload, runtime);
 
   runtime.close();
   runtime.close();
-  expect(ErrorCode::kClosed, "a step after close", [&] { runtime.begin_step(1); });
+  expect(ErrorCode::kClosed, "a step after close", [&] { runtime.begin_step(stream, 1); });
   expect(ErrorCode::kClosed, "fetch after close", fetch(first));
   expect(ErrorCode::kClosed, "compute after close", compute(first, 0, 1));
-  expect(ErrorCode::kClosed, "end after close", [&] { runtime.end_step(stream, true); });
+  expect(ErrorCode::kClosed, "end after close", [&] { runtime.end_step(true); });
   (void)runtime.stats();
   // Its lane and service left flags and ring in mid-order.
   expect(
@@ -105,21 +108,24 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
 }
 
 void check_slow_lane(Runtime& runtime, const Workload& workload, bool break_off) {
+  const Stream stream{};
   const LayerIndex first = workload.pool()->placement().ring_plan(workload.pool()->backend().rank())[0].layer;
-  runtime.begin_step(1);
+  runtime.begin_step(stream, 1);
   const auto start = Clock::now();
   if (break_off) {
     expect(
-        ErrorCode::kDeadline, "draining a slow lane", [&] { runtime.end_step({}, true); },
+        ErrorCode::kDeadline, "draining a slow lane", [&] { runtime.end_step(true); },
         "layer " + std::to_string(first));
   } else {
     expect(
         ErrorCode::kDeadline, "fetch of a slow lane", [&] { (void)runtime.fetch_layer({}, first); },
         "layer " + std::to_string(first));
-    runtime.end_step({}, true);
+    runtime.end_step(true);
   }
   if (Clock::now() - start > Milliseconds(5000)) throw Mismatch("the deadline was much too late");
-  expect(ErrorCode::kUsage, "a step after a missed deadline", [&] { runtime.begin_step(1); }, "no longer in order");
+  expect(
+      ErrorCode::kUsage, "a step after a missed deadline", [&] { runtime.begin_step(stream, 1); },
+      "no longer in order");
 }
 
 }  // namespace sidp::test

@@ -8,7 +8,8 @@
 namespace sidp::test {
 
 // Wrong calls in one mode; the runtime must work as before after each of them.
-void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec, std::optional<Mode> mode);
+void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec, std::optional<Mode> mode,
+                 Stream stream);
 
 // The lane is slower than the deadline: fetch (or the drain of a broken-off step) says so and no later step begins.
 void check_slow_lane(Runtime& runtime, const Workload& workload, bool break_off);

@@ -107,16 +107,19 @@ std::vector<Op> Workload::ops() const {
 }
 
 Mode Workload::step(Runtime& runtime, const StepPlan& plan, std::mt19937_64& random) {
-  const Mode mode = runtime.begin_step(plan.num_tokens).mode;
+  const Mode mode = runtime.begin_step(hooks_.stream, plan.num_tokens).mode;
+  forward(runtime, mode, plan.break_at, random);
+  runtime.end_step(/*broken_off=*/plan.break_at >= 0);
+  return mode;
+}
+
+void Workload::forward(Runtime& runtime, Mode mode, LayerIndex break_at, std::mt19937_64& random) {
   held_.clear();
   for (LayerIndex layer = 0; layer < pool_->placement().num_layers(); ++layer) {
-    if (layer == plan.break_at) {
-      runtime.end_step({}, /*broken_off=*/true);
-      return mode;
-    }
+    if (layer == break_at) return;
     if (pool_->is_local(layer)) {
-      check_layer(layer, runtime.fetch_layer({}, layer), "local");
-      runtime.release_layer({}, layer);
+      check_on_stream(layer, runtime.fetch_layer(hooks_.stream, layer), "local");
+      runtime.release_layer(hooks_.stream, layer);
     } else if (mode == Mode::kWas) {
       use_was(runtime, layer, random);
     } else {
@@ -124,16 +127,14 @@ Mode Workload::step(Runtime& runtime, const StepPlan& plan, std::mt19937_64& ran
     }
   }
   while (!held_.empty()) release(runtime, held_.back().layer);
-  runtime.end_step({}, /*broken_off=*/false);
-  return mode;
 }
 
 void Workload::use_was(Runtime& runtime, LayerIndex layer, std::mt19937_64& random) {
   const auto entry = std::find_if(plan_.begin(), plan_.end(), [&](const auto& e) { return e.layer == layer; });
   const auto holder = std::find_if(held_.begin(), held_.end(), [&](const Held& h) { return h.slot == entry->slot; });
   if (holder != held_.end()) release(runtime, holder->layer);
-  const std::byte* bytes = runtime.fetch_layer({}, layer);
-  check_layer(layer, bytes, "fetched");
+  const std::byte* bytes = runtime.fetch_layer(hooks_.stream, layer);
+  check_on_stream(layer, bytes, "fetched");
   held_.push_back({layer, entry->slot, bytes});
   hooks_.pause();
   // Some layers are held while the next ones are fetched, and released in another order.
@@ -143,9 +144,9 @@ void Workload::use_was(Runtime& runtime, LayerIndex layer, std::mt19937_64& rand
 void Workload::release(Runtime& runtime, LayerIndex layer) {
   const auto held = std::find_if(held_.begin(), held_.end(), [&](const Held& h) { return h.layer == layer; });
   hooks_.pause();
-  check_layer(layer, held->bytes, "before its release");
+  check_on_stream(layer, held->bytes, "before its release");
   held_.erase(held);
-  runtime.release_layer({}, layer);
+  runtime.release_layer(hooks_.stream, layer);
 }
 
 void Workload::use_cas(Runtime& runtime, LayerIndex layer, std::mt19937_64& random) {
@@ -156,23 +157,31 @@ void Workload::use_cas(Runtime& runtime, LayerIndex layer, std::mt19937_64& rand
 void Workload::request(Runtime& runtime, LayerIndex layer, OpIndex op, std::mt19937_64& random) {
   const auto o = static_cast<std::size_t>(op);
   const auto rows = 1 + static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(spec_.max_rows));
-  std::vector<std::byte> x(static_cast<std::size_t>(rows) * kInBytes[o]);
-  for (std::byte& value : x) value = static_cast<std::byte>(random() % 0xEE);
-  const bool refused = random() % 16 == 0;
-  if (refused) x[0] = kRefused;
-  std::vector<std::byte> y(static_cast<std::size_t>(rows) * kOutBytes[o], std::byte{0xCD}), expected(y.size());
+  const auto room = static_cast<std::size_t>(runtime.mailbox()->bucket(layer, rows));
+  const auto x = std::make_shared<std::vector<std::byte>>(static_cast<std::size_t>(rows) * kInBytes[o]);
+  for (std::byte& value : *x) value = static_cast<std::byte>(random() % 0xEE);
+  const bool refused = random() % 16 == 0 && hooks_.refuse;
+  if (refused) (*x)[0] = kRefused;
+  const auto y = std::make_shared<std::vector<std::byte>>(room * kOutBytes[o], std::byte{0xCD});
   hooks_.before_request(pool_->placement().owner(layer));
   const std::string what = "op " + std::to_string(op) + " of layer " + std::to_string(layer);
   try {
-    runtime.remote_compute({}, layer, op, x.data(), rows, y.data());
+    runtime.remote_compute(hooks_.stream, layer, op, x->data(), rows, y->data());
   } catch (const std::runtime_error& error) {
     if (refused && std::strstr(error.what(), "this row is refused") != nullptr) return;
     throw;
   }
   if (refused) throw Mismatch(what + " answered rows that it must refuse");
-  const auto& weights = expected_[static_cast<std::size_t>(layer)];
-  compute(digest_of(1, weights.data(), weights.size()), op, x.data(), rows, expected.data());
-  if (y != expected) throw Mismatch(what + " gave wrong rows");
+  hooks_.on_stream([this, layer, op, rows, x, y, what, o] {
+    const auto& weights = expected_[static_cast<std::size_t>(layer)];
+    std::vector<std::byte> expected(static_cast<std::size_t>(rows) * kOutBytes[o]);
+    compute(digest_of(1, weights.data(), weights.size()), op, x->data(), rows, expected.data());
+    if (!std::equal(expected.begin(), expected.end(), y->begin())) throw Mismatch(what + " gave wrong rows");
+  });
+}
+
+void Workload::check_on_stream(LayerIndex layer, const std::byte* bytes, const char* when) const {
+  hooks_.on_stream([this, layer, bytes, when] { check_layer(layer, bytes, when); });
 }
 
 void Workload::check_layer(LayerIndex layer, const std::byte* bytes, const char* when) const {

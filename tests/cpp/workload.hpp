@@ -31,6 +31,10 @@ struct WorkloadSpec {
 struct WorkloadHooks {
   std::function<void()> pause = [] {};  // where others may run: inside an op, between fetch and release
   std::function<void(Rank)> before_request = [](Rank) {};
+  Stream stream{};  // of the steps
+  // Does something once what is queued on the stream is done: checks, on a backend where calls only enqueue.
+  std::function<void(std::function<void()>)> on_stream = [](const std::function<void()>& work) { work(); };
+  bool refuse = true;  // some rows are refused by their op
 };
 
 struct StepPlan {
@@ -48,12 +52,16 @@ class Workload {
   [[nodiscard]] std::vector<Op> ops() const;
   // One step, in the mode that the runtime decides. Throws Mismatch, or what the runtime throws.
   Mode step(Runtime& runtime, const StepPlan& plan, std::mt19937_64& random);
+  // The layers of an open step up to break_at, in its mode.
+  void forward(Runtime& runtime, Mode mode, LayerIndex break_at, std::mt19937_64& random);
+  void use_stream(Stream stream) { hooks_.stream = stream; }
 
  private:
   void use_was(Runtime& runtime, LayerIndex layer, std::mt19937_64& random);
   void use_cas(Runtime& runtime, LayerIndex layer, std::mt19937_64& random);
   void request(Runtime& runtime, LayerIndex layer, OpIndex op, std::mt19937_64& random);
   void check_layer(LayerIndex layer, const std::byte* bytes, const char* when) const;
+  void check_on_stream(LayerIndex layer, const std::byte* bytes, const char* when) const;
   void release(Runtime& runtime, LayerIndex layer);
 
   struct Held {

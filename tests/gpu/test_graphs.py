@@ -11,7 +11,9 @@ from helpers.processes import RankContext, run_ranks
 from helpers.ranks import Replica, open_replica
 
 from sidp_runtime import Mode
+from sidp_runtime._C import StepKind
 from sidp_runtime.errors import UsageError
+from sidp_runtime.runtime import Step
 
 MODEL = SyntheticModel(num_layers=6, hidden=64)
 ROWS = 4
@@ -58,9 +60,10 @@ def replay_and_switch(context: RankContext, replays: int) -> dict[str, Any]:
             mode = Mode.WAS if (number + context.rank) % 3 else Mode.CAS
             counts[mode.name.lower()] += 1
             graph, y = graphs[mode]
-            replica.runtime._core.begin_step(ROWS, replay_kind(), mode)
-            graph.replay()
-            replica.runtime.end_step()
+            with Step(replica.runtime, ROWS, torch.cuda.current_stream().cuda_stream, StepKind.REPLAY, mode) as step:
+                step.replay(graph)
+                if number % 7 == 0:
+                    torch.cuda.synchronize()  # an engine may wait inside the step
             if number % 20 == 0:
                 assert torch.equal(y, expected(replica, x)), f"replay {number} in {mode}"
         torch.cuda.synchronize()
@@ -72,12 +75,6 @@ def replay_and_switch(context: RankContext, replays: int) -> dict[str, Any]:
         replica.step(seed=3)  # and eager steps still find everything in order
         context.meet("all replayed")
         return counts
-
-
-def replay_kind() -> Any:
-    from sidp_runtime._C import StepKind
-
-    return StepKind.REPLAY
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

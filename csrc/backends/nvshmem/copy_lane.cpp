@@ -35,7 +35,6 @@ CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr 
     pass_bytes_by_peer_[static_cast<std::size_t>(op.peer)] += op.bytes;
   }
   empty_.assign(last_flag + 1, true);
-  device_.make_current();
   queue_next();
 }
 
@@ -47,6 +46,7 @@ void CopyLane::released(std::uint32_t flag) {
 }
 
 void CopyLane::queue_next() {
+  const ContextScope scope(device_);
   const auto& api = device_.api();
   while (!stopped_ && empty_[program_[next_].flag]) {
     empty_[program_[next_].flag] = false;
@@ -92,7 +92,7 @@ void CopyLane::queue_next() {
 
 void CopyLane::stop() noexcept {
   stopped_ = true;
-  device_.make_current_for_cleanup();
+  const ContextScope scope(device_);
   const auto start = Clock::now();
   while (!stream_.idle() && Clock::now() - start < kStopDeadline)
     std::this_thread::sleep_for(std::chrono::microseconds(100));
@@ -100,7 +100,7 @@ void CopyLane::stop() noexcept {
 
 LaneStats CopyLane::stats() const {
   const std::lock_guard lock(mutex_);
-  arrived_total_ += static_cast<std::uint32_t>(arrived_.load(0) - static_cast<std::uint32_t>(arrived_total_));
+  arrived_total_ += static_cast<std::uint32_t>(arrived_.load(0)) - static_cast<std::uint32_t>(arrived_total_);
   LaneStats stats{.copies = arrived_total_, .bytes_by_peer = pass_bytes_by_peer_, .copy_ns = 0, .wait_ns = 0};
   const std::uint64_t passes = arrived_total_ / copies_.size();
   for (ByteCount& bytes : stats.bytes_by_peer) bytes *= passes;

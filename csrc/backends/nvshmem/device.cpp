@@ -16,13 +16,13 @@ Device::Device(int ordinal) : api_(cuda::driver_api()), ordinal_(ordinal) {
 
 Device::~Device() { api_.cuDevicePrimaryCtxRelease(device_); }
 
-void Device::make_current() const {
-  CUcontext current = nullptr;
-  api_.cuCtxGetCurrent(&current);
-  if (current != context_) check(api_.cuCtxSetCurrent(context_), "cuCtxSetCurrent");
-}
+ContextScope::ContextScope(const Device& device) noexcept
+    : device_(device), pushed_(device.api_.cuCtxPushCurrent(device.context_) == CUDA_SUCCESS) {}
 
-void Device::make_current_for_cleanup() const noexcept { api_.cuCtxSetCurrent(context_); }
+ContextScope::~ContextScope() {
+  CUcontext popped = nullptr;
+  if (pushed_) device_.api_.cuCtxPopCurrent(&popped);
+}
 
 void Device::check(CUresult result, const std::string& what) const {
   if (result == CUDA_SUCCESS) return;
@@ -31,7 +31,7 @@ void Device::check(CUresult result, const std::string& what) const {
 }
 
 DeviceStream::DeviceStream(const Device& device, Priority priority) : device_(device) {
-  device.make_current();
+  const ContextScope scope(device);
   int lowest = 0, highest = 0;
   device.check(device.api().cuCtxGetStreamPriorityRange(&lowest, &highest), "cuCtxGetStreamPriorityRange");
   // Numerically lower is more urgent.
@@ -41,7 +41,7 @@ DeviceStream::DeviceStream(const Device& device, Priority priority) : device_(de
 }
 
 DeviceStream::~DeviceStream() {
-  device_.make_current_for_cleanup();
+  const ContextScope scope(device_);
   device_.api().cuStreamDestroy(stream_);
 }
 
@@ -51,13 +51,9 @@ void DeviceStream::synchronize() const {
   device_.check(device_.api().cuStreamSynchronize(stream_), "cuStreamSynchronize");
 }
 
-void DeviceStream::write(CUdeviceptr word, std::uint32_t value) const {
-  device_.check(device_.api().cuStreamWriteValue32(stream_, word, value, 0), "cuStreamWriteValue32");
-}
-
 DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label)
     : device_(device), bytes_(bytes) {
-  device.make_current();
+  const ContextScope scope(device);
   const CUresult result = device.api().cuMemAlloc(&memory_, bytes);
   if (result == CUDA_ERROR_OUT_OF_MEMORY) {
     std::size_t free = 0, total = 0;
@@ -80,32 +76,28 @@ DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::str
 }
 
 DeviceBuffer::~DeviceBuffer() {
-  device_.make_current_for_cleanup();
+  const ContextScope scope(device_);
   device_.api().cuMemFree(memory_);
 }
 
 HostWords::HostWords(const Device& device, std::size_t count) : device_(device) {
-  device.make_current();
+  const ContextScope scope(device);
   void* memory = nullptr;
-  device.check(device.api().cuMemHostAlloc(&memory, count * sizeof(std::uint32_t),
+  device.check(device.api().cuMemHostAlloc(&memory, count * sizeof(std::uint64_t),
                                            CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
                "cuMemHostAlloc");
-  words_ = static_cast<std::uint32_t*>(memory);
-  std::memset(words_, 0, count * sizeof(std::uint32_t));
+  words_ = static_cast<std::uint64_t*>(memory);
+  std::memset(words_, 0, count * sizeof(std::uint64_t));
   device.check(device.api().cuMemHostGetDevicePointer(&mapped_, memory, 0), "cuMemHostGetDevicePointer");
 }
 
 HostWords::~HostWords() {
-  device_.make_current_for_cleanup();
+  const ContextScope scope(device_);
   device_.api().cuMemFreeHost(words_);
 }
 
-std::uint32_t HostWords::load(std::size_t index) const {
-  return std::atomic_ref<std::uint32_t>(words_[index]).load(std::memory_order_acquire);
-}
-
-void HostWords::store(std::size_t index, std::uint32_t value) {
-  std::atomic_ref<std::uint32_t>(words_[index]).store(value, std::memory_order_release);
+std::uint64_t HostWords::load(std::size_t index) const {
+  return std::atomic_ref<std::uint64_t>(words_[index]).load(std::memory_order_acquire);
 }
 
 }  // namespace sidp::nvshmem

@@ -20,17 +20,29 @@ class Device {
 
   [[nodiscard]] int ordinal() const { return ordinal_; }
   [[nodiscard]] const cuda::DriverApi& api() const { return api_; }
-  // Makes the context the calling thread's.
-  void make_current() const;
-  void make_current_for_cleanup() const noexcept;  // in destructors: a failure there is not reported
   // Throws Error(kDevice), or Error(kCapacity) for want of memory, unless the call succeeded.
   void check(CUresult result, const std::string& what) const;
 
  private:
+  friend class ContextScope;
   const cuda::DriverApi& api_;
   int ordinal_;
   CUdevice device_ = 0;
   CUcontext context_ = nullptr;
+};
+
+// The device's context is the calling thread's while this lives; then again the one that was before. So a caller who
+// works on several devices finds his own as he left it.
+class ContextScope {
+ public:
+  explicit ContextScope(const Device& device) noexcept;  // a failure is that of the next call
+  ~ContextScope();
+  ContextScope(const ContextScope&) = delete;
+  ContextScope& operator=(const ContextScope&) = delete;
+
+ private:
+  const Device& device_;
+  bool pushed_;
 };
 
 // Does not wait for the default stream. Destroying it does not wait either.
@@ -48,8 +60,6 @@ class DeviceStream {
   [[nodiscard]] CUstream get() const { return stream_; }
   [[nodiscard]] bool idle() const;
   void synchronize() const;
-  // Sets a word from the stream (release: after everything before it in the stream).
-  void write(CUdeviceptr word, std::uint32_t value) const;
 
  private:
   const Device& device_;
@@ -71,20 +81,20 @@ class DeviceBuffer final : public LocalBuffer {
   ByteCount bytes_;
 };
 
-// Page-locked host words that kernels and streams write and this process's threads read; zeroed.
+// Page-locked host words of 64 bits that kernels and streams write and this process's threads read; zeroed. A stream
+// that writes 32 bits sets the lower half.
 class HostWords {
  public:
   HostWords(const Device& device, std::size_t count);
   ~HostWords();
   HostWords(const HostWords&) = delete;
   HostWords& operator=(const HostWords&) = delete;
-  [[nodiscard]] std::uint32_t load(std::size_t index) const;
-  void store(std::size_t index, std::uint32_t value);
-  [[nodiscard]] CUdeviceptr on_device(std::size_t index) const { return mapped_ + index * sizeof(std::uint32_t); }
+  [[nodiscard]] std::uint64_t load(std::size_t index) const;
+  [[nodiscard]] CUdeviceptr on_device(std::size_t index) const { return mapped_ + index * sizeof(std::uint64_t); }
 
  private:
   const Device& device_;
-  std::uint32_t* words_ = nullptr;
+  std::uint64_t* words_ = nullptr;
   CUdeviceptr mapped_ = 0;
 };
 

@@ -5,12 +5,12 @@
 namespace sidp::nvshmem {
 
 GraphOp::~GraphOp() {
-  device_->make_current_for_cleanup();
+  const ContextScope scope(*device_);
   for (const auto& [key, graph] : graphs_) device_->api().cuGraphExecDestroy(graph);
 }
 
 void GraphOp::add(const Key& key, CUgraph graph) {
-  device_->make_current();
+  const ContextScope scope(*device_);
   if (graphs_.contains(key)) throw Error(ErrorCode::kUsage, "an op was captured twice for one slot and row count");
   CUgraphExec executable = nullptr;
   device_->check(device_->api().cuGraphInstantiate(&executable, graph, 0), "cuGraphInstantiate of an op");

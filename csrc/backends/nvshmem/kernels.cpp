@@ -20,7 +20,7 @@ unsigned blocks_for(ByteCount bytes) {
 }  // namespace
 
 Kernels::Kernels(const Device& device) : device_(device) {
-  device.make_current();
+  const ContextScope scope(device);
   const auto& api = device.api();
   device.check(api.cuLibraryLoadData(&library_, sidp_kernels_fatbin, nullptr, nullptr, 0, nullptr, nullptr, 0),
                "cuLibraryLoadData of the kernels; is this GPU older than compute capability 8.0?");
@@ -34,7 +34,7 @@ Kernels::Kernels(const Device& device) : device_(device) {
 }
 
 Kernels::~Kernels() {
-  device_.make_current_for_cleanup();
+  const ContextScope scope(device_);
   device_.api().cuLibraryUnload(library_);
 }
 
@@ -48,8 +48,8 @@ void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount b
 
 void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
   TakeWords w = words;
-  void* arguments[] = {&dst,           &src,       &bytes, &w.flag, &w.request, &w.answered, &w.answered_host,
-                       &w.failed_host, &w.finished};
+  void* arguments[] = {&dst,          &src,      &bytes,         &w.flag,        &w.request, &w.sent_rows,
+                       &w.sent_bytes, &w.counts, &w.counts_host, &w.failed_host, &w.finished};
   device_.check(
       device_.api().cuLaunchKernel(take_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
       "launch of sidp_take");

@@ -9,6 +9,10 @@ __device__ inline void store_release(std::uint32_t* word, std::uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+__device__ inline void store_release(std::uint64_t* word, std::uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
 __device__ inline std::uint32_t load_acquire(const std::uint32_t* word) {
   std::uint32_t value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
@@ -44,6 +48,11 @@ __device__ inline bool last_to_finish(unsigned* finished) {
   return true;
 }
 
+// What a requester has had answered by one owner.
+struct Counts {
+  std::uint64_t answers, rows, bytes;
+};
+
 }  // namespace
 
 // Copies rows to another GPU, or to the own one, and then sets a word there; word may be null.
@@ -54,17 +63,21 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
 }
 
 // Takes an answer out of its slot, then frees the slot. `flag` was seen set by the stream before: 1 rows, 2 no answer.
-// request: the requester's word at the owner, set back to 0. answered: counts, here and in a host word.
+// request: the requester's word at the owner, set back to 0. sent_rows, sent_bytes: of the request, for the counts,
+// which are kept on the device and copied to the host.
 extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
-                                     std::uint32_t* request, std::uint32_t* answered, std::uint32_t* answered_host,
-                                     std::uint32_t* failed_host, unsigned* finished) {
+                                     std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
+                                     Counts* counts, Counts* counts_host, std::uint64_t* failed_host,
+                                     unsigned* finished) {
   const bool failed = load_acquire(flag) != 1;
   if (!failed) copy_bytes(dst, src, bytes);
   if (!last_to_finish(finished)) return;
   *flag = 0;
   store_release(request, 0);
   if (failed) store_release(failed_host, 1);
-  const std::uint32_t count = *answered + 1;
-  *answered = count;
-  store_release(answered_host, count);
+  const Counts now{counts->answers + 1, counts->rows + sent_rows, counts->bytes + sent_bytes};
+  *counts = now;
+  counts_host->rows = now.rows;
+  counts_host->bytes = now.bytes;
+  store_release(&counts_host->answers, now.answers);
 }

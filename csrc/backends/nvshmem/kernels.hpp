@@ -18,12 +18,14 @@ class Kernels {
            CUdeviceptr finished) const;
 
   struct TakeWords {
-    CUdeviceptr flag;           // of the answer
-    CUdeviceptr request;        // the requester's word at the owner, in host memory
-    CUdeviceptr answered;       // count, on the device
-    CUdeviceptr answered_host;  // the same for the host
-    CUdeviceptr failed_host;    // set when there was no answer
-    CUdeviceptr finished;       // as for put
+    CUdeviceptr flag;          // of the answer, in host memory
+    CUdeviceptr request;       // the requester's word at the owner, in host memory
+    std::uint64_t sent_rows;   // of the request, for the counts
+    std::uint64_t sent_bytes;  // likewise
+    CUdeviceptr counts;        // on the device: answers, rows sent, bytes sent, 64 bits each
+    CUdeviceptr counts_host;   // the same for the host
+    CUdeviceptr failed_host;   // set when there was no answer
+    CUdeviceptr finished;      // as for put
   };
   // Copies the rows of an answer out of its slot and frees the slot.
   void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const;

@@ -1,14 +1,13 @@
 #include "nvshmem_backend.hpp"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <future>
+#include <mutex>
+#include <set>
 
 #include "copy_lane.hpp"
 #include "core/collective.hpp"
 #include "sidp/error.hpp"
-#include "stream_channel.hpp"
 
 namespace sidp::nvshmem {
 
@@ -30,6 +29,35 @@ class NvshmemBuffer final : public SymmetricBuffer {
   std::vector<std::byte*> pieces_;  // by rank as mapped here; null where it is not
   std::vector<ByteCount> bytes_;
 };
+
+// NVSHMEM keeps what is freed in its heap, for the whole process: an allocation that fits into such a piece takes
+// nothing from the device. Neighbouring pieces are not counted together, which errs on the safe side.
+class FreedPieces {
+ public:
+  void add(ByteCount bytes) {
+    const std::lock_guard lock(mutex_);
+    sizes_.insert(bytes);
+  }
+  // The smallest piece that holds so many bytes is used for them, if there is one.
+  bool take(ByteCount bytes) {
+    const std::lock_guard lock(mutex_);
+    const auto piece = sizes_.lower_bound(bytes);
+    if (piece == sizes_.end()) return false;
+    const ByteCount rest = *piece - bytes;
+    sizes_.erase(piece);
+    if (rest > 0) sizes_.insert(rest);
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::multiset<ByteCount> sizes_;
+};
+
+FreedPieces& freed_pieces() {
+  static FreedPieces pieces;
+  return pieces;
+}
 
 }  // namespace
 
@@ -54,9 +82,9 @@ NvshmemBackend::NvshmemBackend(NvshmemOptions options, std::shared_ptr<Bootstrap
 }
 
 NvshmemBackend::~NvshmemBackend() {
-  device_->make_current_for_cleanup();
+  const ContextScope scope(*device_);
   if (step_end_ != nullptr) device_->api().cuEventDestroy(step_end_);
-  for (Rank rank = 0; rank < static_cast<Rank>(request_words_.size()); ++rank)
+  for (Rank rank = 0; rank < static_cast<Rank>(control_.size()); ++rank)
     device_->api().cuMemHostUnregister(host_.control(rank).data());
 }
 
@@ -65,7 +93,7 @@ void NvshmemBackend::within_deadline(const std::string& what, std::function<void
   auto done = std::make_shared<std::promise<void>>();
   auto finished = done->get_future();
   std::thread([device = device_, collective = std::move(collective), done] {
-    device->make_current_for_cleanup();
+    const ContextScope scope(*device);
     collective();
     done->set_value();
   }).detach();
@@ -79,8 +107,10 @@ void NvshmemBackend::within_deadline(const std::string& what, std::function<void
 
 void* NvshmemBackend::symmetric_malloc(ByteCount bytes, const std::string& label) {
   // NVSHMEM gives no reason for a failure and may end the process, so what does not fit never gets there.
+  const bool reuses = freed_pieces().take(bytes);
   all_or_none(*bootstrap_, options_.rank, label + " fits", [&] {
-    device_->make_current();
+    if (reuses) return;
+    const ContextScope scope(*device_);
     std::size_t free = 0, total = 0;
     device_->check(device_->api().cuMemGetInfo(&free, &total), "cuMemGetInfo");
     if (align_up(bytes, kHeapGranularity) > free)
@@ -98,7 +128,7 @@ void* NvshmemBackend::symmetric_malloc(ByteCount bytes, const std::string& label
                   label + ": NVSHMEM did not give " + std::to_string(bytes) + " bytes of symmetric memory",
                   {.rank = options_.rank, .num_bytes = static_cast<std::int64_t>(bytes)});
   });
-  allocations_.push_back(*memory);
+  allocations_.push_back({*memory, bytes});
   return *memory;
 }
 
@@ -119,7 +149,7 @@ void NvshmemBackend::create_flags(std::uint32_t num_flags) {
   host_.create_flags(num_flags + 1);
   num_flags_ = num_flags;
   all_or_none(*bootstrap_, options_.rank, "control segments mapped on the device", [&] {
-    device_->make_current();
+    const ContextScope scope(*device_);
     for (Rank rank = 0; rank < options_.world_size; ++rank) {
       const host::SharedSegment& control = host_.control(rank);
       device_->check(device_->api().cuMemHostRegister(control.data(), control.bytes(),
@@ -127,13 +157,14 @@ void NvshmemBackend::create_flags(std::uint32_t num_flags) {
                      "cuMemHostRegister of a control segment");
       CUdeviceptr mapped = 0;
       device_->check(device_->api().cuMemHostGetDevicePointer(&mapped, control.data(), 0), "cuMemHostGetDevicePointer");
-      request_words_.push_back(mapped);
+      control_.push_back(mapped);
     }
   });
   const ByteCount bytes = num_flags * kFlagStride;
   const std::vector<ByteCount> bytes_by_rank(static_cast<std::size_t>(options_.world_size), bytes);
   const auto buffer = allocate_symmetric(bytes_by_rank, "flags", true);
   for (Rank rank = 0; rank < options_.world_size; ++rank) flags_.push_back(device_pointer(buffer->peer(rank)));
+  const ContextScope scope(*device_);
   const DeviceStream stream(*device_, DeviceStream::Priority::kDefault);
   device_->check(device_->api().cuMemsetD8Async(device_pointer(buffer->local()), 0, bytes, stream.get()),
                  "cuMemsetD8Async");
@@ -153,26 +184,21 @@ std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, con
 std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool, const Mailbox& mailbox,
                                                                 const ChannelOptions& options) {
   const ChannelMemory memory{
-      .request =
-          [this, &pool](Rank owner, Rank requester) {
-            auto* const word = host_.flag_word({owner, pool.request_flag(requester)});
-            const auto offset = reinterpret_cast<std::byte*>(word) - host_.control(owner).data();
-            return ChannelMemory::Word{
-                word, request_words_[static_cast<std::size_t>(owner)] + static_cast<CUdeviceptr>(offset)};
-          },
-      .reply = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
+      .request = [this, &pool](Rank owner, Rank requester) { return host_word({owner, pool.request_flag(requester)}); },
+      .reply = [this, &pool](Rank requester, Rank owner) { return host_word({requester, pool.reply_flag(owner)}); },
   };
   return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options);
 }
 
 std::thread NvshmemBackend::start_thread(const std::string& name, std::function<void()> body) {
   return host_.start_thread(name, [device = device_, body = std::move(body)] {
-    device->make_current_for_cleanup();
+    const ContextScope scope(*device);
     body();
   });
 }
 
 void NvshmemBackend::mark_step_end(Stream stream) noexcept {
+  const ContextScope scope(*device_);
   // A failure here is the device's, and the next call on the stream reports it.
   if (step_end_ == nullptr) device_->api().cuEventCreate(&step_end_, CU_EVENT_DISABLE_TIMING);
   if (step_end_ != nullptr) device_->api().cuEventRecord(step_end_, static_cast<CUstream>(stream.handle));
@@ -180,12 +206,20 @@ void NvshmemBackend::mark_step_end(Stream stream) noexcept {
 
 bool NvshmemBackend::wait_step_end(Milliseconds deadline) noexcept {
   if (step_end_ == nullptr) return true;
+  const ContextScope scope(*device_);
   const auto start = Clock::now();
   while (device_->api().cuEventQuery(step_end_) == CUDA_ERROR_NOT_READY) {
     if (Clock::now() - start > deadline) return false;
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
   return true;
+}
+
+void NvshmemBackend::follow_step_end(Stream stream) {
+  if (step_end_ == nullptr) return;
+  const ContextScope scope(*device_);
+  device_->check(device_->api().cuStreamWaitEvent(static_cast<CUstream>(stream.handle), step_end_, 0),
+                 "cuStreamWaitEvent");
 }
 
 std::atomic_ref<std::uint32_t> NvshmemBackend::left(Rank rank) const {
@@ -207,7 +241,10 @@ bool NvshmemBackend::close() {
   }
   try {
     bootstrap_->all_gather("close", "");  // nobody reads another's memory any more
-    for (void* memory : allocations_) within_deadline("free", [memory, free = nvshmem_.free] { free(memory); });
+    for (const Allocation& allocation : allocations_) {
+      within_deadline("free", [memory = allocation.memory, free = nvshmem_.free] { free(memory); });
+      freed_pieces().add(allocation.bytes);
+    }
   } catch (const std::exception&) {
     allocations_.clear();
     return false;
@@ -216,11 +253,18 @@ bool NvshmemBackend::close() {
   return true;
 }
 
+ChannelMemory::Word NvshmemBackend::host_word(FlagRef ref) const {
+  auto* const word = host_.flag_word(ref);
+  const auto offset = reinterpret_cast<std::byte*>(word) - host_.control(ref.rank).data();
+  return {word, control_[static_cast<std::size_t>(ref.rank)] + static_cast<CUdeviceptr>(offset)};
+}
+
 CUdeviceptr NvshmemBackend::flag(FlagRef ref) const {
   return flags_[static_cast<std::size_t>(ref.rank)] + ref.index * kFlagStride;
 }
 
 WaitResult NvshmemBackend::wait(Stream stream, std::uint32_t index, FlagValue expected, const WaitOptions&) {
+  const ContextScope scope(*device_);
   device_->check(device_->api().cuStreamWaitValue32(static_cast<CUstream>(stream.handle), flag({options_.rank, index}),
                                                     expected, CU_STREAM_WAIT_VALUE_EQ),
                  "cuStreamWaitValue32");
@@ -228,6 +272,7 @@ WaitResult NvshmemBackend::wait(Stream stream, std::uint32_t index, FlagValue ex
 }
 
 void NvshmemBackend::signal(Stream stream, FlagRef ref, FlagValue value) {
+  const ContextScope scope(*device_);
   device_->check(device_->api().cuStreamWriteValue32(static_cast<CUstream>(stream.handle), flag(ref), value, 0),
                  "cuStreamWriteValue32");
 }
@@ -238,6 +283,7 @@ void NvshmemBackend::put(Stream stream, const SymmetricBuffer& buffer, Rank peer
 }
 
 void NvshmemBackend::copy(Stream stream, void* dst, const void* src, ByteCount bytes) {
+  const ContextScope scope(*device_);
   device_->check(device_->api().cuMemcpyAsync(device_pointer(dst), device_pointer(src), bytes,
                                               static_cast<CUstream>(stream.handle)),
                  "cuMemcpyAsync");

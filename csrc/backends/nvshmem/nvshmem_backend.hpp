@@ -1,6 +1,6 @@
 // The GPU backend: NVSHMEM's symmetric heap, copy engines as lanes, stream memory operations as flags, kernels for
-// puts. One process and one GPU a rank. Request words and liveness lie in the host backend's control segments, so ranks
-// of a group with CaS run on one host.
+// puts. One process and one GPU a rank. Request words, reply flags and liveness lie in the host backend's control
+// segments, so the ranks of a group run on one host.
 #pragma once
 
 #include <memory>
@@ -10,6 +10,7 @@
 #include "backends/host/host_backend.hpp"
 #include "device.hpp"
 #include "nvshmem_api.hpp"
+#include "stream_channel.hpp"
 
 namespace sidp::nvshmem {
 
@@ -46,6 +47,7 @@ class NvshmemBackend final : public Backend {
   [[nodiscard]] bool alive(Rank rank) const override { return host_.alive(rank); }
   void leave() noexcept override;
   void mark_step_end(Stream stream) noexcept override;
+  void follow_step_end(Stream stream) override;
   bool wait_step_end(Milliseconds deadline) noexcept override;
   bool close() override;
 
@@ -61,10 +63,16 @@ class NvshmemBackend final : public Backend {
   void interrupt() noexcept override {}
 
  private:
+  struct Allocation {
+    void* memory;
+    ByteCount bytes;
+  };
+
   // Runs a collective of NVSHMEM, which knows no deadline. Throws Error(kDeadline); the group is lost then.
   void within_deadline(const std::string& what, std::function<void()> collective);
   void* symmetric_malloc(ByteCount bytes, const std::string& label);
   [[nodiscard]] CUdeviceptr flag(FlagRef ref) const;
+  [[nodiscard]] ChannelMemory::Word host_word(FlagRef ref) const;
   // Set by a rank that leaves, so that others can tell it from one that died.
   [[nodiscard]] std::atomic_ref<std::uint32_t> left(Rank rank) const;
 
@@ -75,10 +83,10 @@ class NvshmemBackend final : public Backend {
   host::HostBackend host_;
   Capabilities capabilities_;
   std::uint32_t num_flags_ = 0;
-  std::vector<CUdeviceptr> flags_;          // on the GPU, by rank as mapped here; 0 where it is not
-  std::vector<CUdeviceptr> request_words_;  // control segments of all ranks as the GPU sees them
-  CUevent step_end_ = nullptr;              // of the last step; made by the first
-  std::vector<void*> allocations_;          // in order, freed in order
+  std::vector<CUdeviceptr> flags_;       // on the GPU, by rank as mapped here; 0 where it is not
+  std::vector<CUdeviceptr> control_;     // control segments of all ranks as the GPU sees them
+  CUevent step_end_ = nullptr;           // of the last step; made by the first
+  std::vector<Allocation> allocations_;  // in order, freed in order
 };
 
 }  // namespace sidp::nvshmem

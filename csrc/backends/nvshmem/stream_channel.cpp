@@ -39,8 +39,8 @@ Request Request::from(std::uint32_t word) {
   return {static_cast<LayerIndex>(word >> 19 & 0xFFF), static_cast<OpIndex>(word >> 13 & 0x3F), word & 0x1FFF};
 }
 
-// Words on the device, each in a line of its own: counts of answers by owner, block counters of the engine's put and
-// take by owner, block counter of the service's puts.
+// Lines of words on the device: counts of answers by owner, block counters of the engine's put and take by owner, block
+// counter of the service's puts.
 StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox,
                              ChannelMemory memory, const ChannelOptions& options)
     : device_(std::move(device)),
@@ -51,10 +51,9 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       rank_(pool.backend().rank()),
       world_size_(pool.backend().world_size()),
       kernels_(*device_),
-      host_(*device_, static_cast<std::size_t>(world_size_) + 1),
+      host_(*device_, kCounts * static_cast<std::size_t>(world_size_) + 1),
       words_(*device_, (3 * static_cast<ByteCount>(world_size_) + 1) * 64, "words of the activation channel"),
       service_stream_(*device_, DeviceStream::Priority::kService),
-      release_stream_(*device_, DeviceStream::Priority::kService),
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
       served_by_peer_(static_cast<std::size_t>(world_size_)) {
@@ -89,7 +88,7 @@ void StreamChannel::stop() noexcept {
   if (!thread_.joinable()) return;
   thread_.join();
   try {
-    device_->make_current();
+    const ContextScope scope(*device_);
     service_stream_.synchronize();  // answers under way still arrive
   } catch (const Error&) {
     // The device is lost; nothing can arrive.
@@ -106,12 +105,12 @@ const std::byte* StreamChannel::slot(Rank owner, Rank requester) const {
 
 void StreamChannel::put_answer(Stream stream, Rank owner, Rank requester,
                                const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const {
-  device_->make_current();
+  const ContextScope scope(*device_);
   CUdeviceptr dst = device_pointer(mailbox_.buffer().peer(requester) + mailbox_.reply_offset(owner) + kAlignment);
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const bool last = i + 1 == sources.size();
     kernels_.put(static_cast<CUstream>(stream.handle), dst, device_pointer(sources[i].first), sources[i].second,
-                 last ? memory_.reply(requester, owner) : 0, kAnswered,
+                 last ? memory_.reply(requester, owner).device : 0, kAnswered,
                  local_word(3 * static_cast<std::size_t>(world_size_)));
     dst += sources[i].second;
   }
@@ -126,9 +125,9 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   const auto peer = static_cast<std::size_t>(owner);
   const auto world = static_cast<std::size_t>(world_size_);
   const ByteCount in_bytes = static_cast<ByteCount>(rows) * entry.in_row_bytes;
-  device_->make_current();
+  const ContextScope scope(*device_);
   auto* const on = static_cast<CUstream>(stream.handle);
-  const CUdeviceptr reply = memory_.reply(rank_, owner);
+  const CUdeviceptr reply = memory_.reply(rank_, owner).device;
   const CUdeviceptr word = memory_.request(owner, rank_).device;
   kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes, word, request.word(),
                local_word(world + peer));
@@ -139,12 +138,12 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                 static_cast<ByteCount>(request.rows) * entry.out_row_bytes,
                 {.flag = reply,
                  .request = word,
-                 .answered = local_word(peer),
-                 .answered_host = host_.on_device(answered_index(owner)),
+                 .sent_rows = static_cast<std::uint64_t>(rows),
+                 .sent_bytes = in_bytes,
+                 .counts = local_word(peer),
+                 .counts_host = host_.on_device(answers_index(owner)),
                  .failed_host = host_.on_device(failed_index()),
                  .finished = local_word(2 * world + peer)});
-  rows_sent_.fetch_add(static_cast<std::uint64_t>(rows), std::memory_order_relaxed);
-  bytes_sent_.fetch_add(in_bytes, std::memory_order_relaxed);
 }
 
 bool StreamChannel::claim(Rank owner, Rank requester, std::uint32_t word) const {
@@ -152,7 +151,7 @@ bool StreamChannel::claim(Rank owner, Rank requester, std::uint32_t word) const 
 }
 
 void StreamChannel::run() {
-  device_->make_current();
+  const ContextScope scope(*device_);
   auto last_request = Clock::now();
   while (!stop_.load(std::memory_order_relaxed)) {
     bool busy = take_requests();
@@ -187,13 +186,13 @@ void StreamChannel::serve(Rank requester, const Request& request) {
     graph(request).launch({rank_, requester, request.rows}, service_stream_.get());
     served_by_peer_[static_cast<std::size_t>(requester)].fetch_add(1, std::memory_order_relaxed);
     served_rows_.fetch_add(static_cast<std::uint64_t>(request.rows), std::memory_order_relaxed);
-  } catch (const std::exception&) {
+  } catch (const std::exception& error) {
     served_failed_.fetch_add(1, std::memory_order_relaxed);
-    try {
-      service_stream_.write(memory_.reply(requester, rank_), kNotAnswered);
-    } catch (const Error&) {
-      // The device is lost: the requester's deadline ends its wait.
-    }
+    record({ErrorCode::kRemoteOp,
+            "rank " + std::to_string(rank_) + " could not launch an op for rank " + std::to_string(requester) + ": " +
+                error.what(),
+            {.rank = rank_, .peer = requester, .layer = request.layer}});
+    not_answered(requester, rank_);
   }
 }
 
@@ -202,7 +201,7 @@ void StreamChannel::watch(Rank owner) {
   Watch& watch = watches_[static_cast<std::size_t>(owner)];
   std::atomic<bool>& gave_up = gave_up_[static_cast<std::size_t>(owner)];
   const std::uint32_t word = atomic(memory_.request(owner, rank_).host).load(std::memory_order_acquire);
-  const std::uint32_t answered = host_.load(answered_index(owner));
+  const std::uint64_t answers = host_.load(answers_index(owner));
   if (word == 0) {
     watch.since.reset();
     watch.dead_since.reset();
@@ -210,8 +209,12 @@ void StreamChannel::watch(Rank owner) {
   }
   const auto now = Clock::now();
   const bool waiting = (word & Request::kWaiting) != 0;
-  if (!watch.since || watch.answered != answered || (waiting && watch.over)) watch = {answered, now, {}, false};
+  if (!watch.since || watch.answers != answers || (waiting && watch.over)) watch = {answers, now, {}, false};
   if (watch.over) return;
+  if (void_.load(std::memory_order_relaxed)) {
+    watch.over = true;
+    return not_answered(rank_, owner);
+  }
   if (!gave_up.load(std::memory_order_relaxed)) {
     if (now - *watch.since < kLivenessCheck) return;
     if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
@@ -233,7 +236,14 @@ void StreamChannel::watch(Rank owner) {
   }
   if (now - *watch.since > options_.deadline) {
     watch.over = true;
-    fail(owner, ms_since(*watch.since));
+    const std::int64_t waited_ms = ms_since(*watch.since);
+    record({ErrorCode::kDeadline,
+            "rank " + std::to_string(owner) + " took a request of rank " + std::to_string(rank_) +
+                " and did not answer it within " + std::to_string(waited_ms) +
+                " ms; the results of that step are void. Close this runtime",
+            {.rank = rank_, .peer = owner, .waited_ms = waited_ms}});
+    give_up();
+    not_answered(rank_, owner);
   }
 }
 
@@ -241,24 +251,24 @@ void StreamChannel::stand_in(Rank owner, const Request& request) {
   try {
     graph(request).launch({owner, rank_, request.rows}, service_stream_.get());
     stood_in_.fetch_add(1, std::memory_order_relaxed);
-  } catch (const std::exception&) {
-    fail(owner, 0);
+  } catch (const std::exception& error) {
+    record({ErrorCode::kRemoteOp,
+            "rank " + std::to_string(owner) + " no longer answers rank " + std::to_string(rank_) +
+                ", and the op could not be launched here: " + error.what(),
+            {.rank = rank_, .peer = owner, .layer = request.layer}});
+    give_up();
+    not_answered(rank_, owner);
   }
 }
 
-void StreamChannel::fail(Rank owner, std::int64_t waited_ms) {
+// No CUDA call: an engine's thread may hold the context until its streams are idle, and they wait for this.
+void StreamChannel::not_answered(Rank requester, Rank owner) {
+  atomic(memory_.reply(requester, owner).host).store(kNotAnswered, std::memory_order_release);
+}
+
+void StreamChannel::record(Error error) {
   const std::lock_guard lock(mutex_);
-  failure_.emplace(ErrorCode::kDeadline,
-                   "rank " + std::to_string(owner) + " took a request of rank " + std::to_string(rank_) +
-                       " and did not answer it within " + std::to_string(waited_ms) +
-                       " ms; the results of that step are void. Close this runtime, or go on without rank " +
-                       std::to_string(owner),
-                   ErrorContext{.rank = rank_, .peer = owner, .waited_ms = waited_ms});
-  try {
-    release_stream_.write(memory_.reply(rank_, owner), kNotAnswered);
-  } catch (const Error&) {
-    // The device is lost and nothing waits on it any more.
-  }
+  if (!failure_) failure_ = std::move(error);
 }
 
 void StreamChannel::check() const {
@@ -267,7 +277,7 @@ void StreamChannel::check() const {
   if (host_.load(failed_index()) != 0)
     throw Error(ErrorCode::kRemoteOp,
                 "an owner could not launch an op for rank " + std::to_string(rank_) +
-                    "; the results of that step are void. Its own error says why",
+                    "; the results of that step are void. The owner's check() says why",
                 {.rank = rank_});
 }
 
@@ -277,11 +287,12 @@ bool StreamChannel::available(Rank owner) const {
 
 RequesterStats StreamChannel::requester_stats() const {
   RequesterStats stats;
-  for (Rank owner = 0; owner < world_size_; ++owner)
-    stats.requests_by_peer.push_back(host_.load(answered_index(owner)));
+  for (Rank owner = 0; owner < world_size_; ++owner) {
+    stats.requests_by_peer.push_back(host_.load(answers_index(owner)));
+    stats.rows_sent += host_.load(answers_index(owner) + 1);
+    stats.bytes_sent += host_.load(answers_index(owner) + 2);
+  }
   stats.fallbacks = stood_in_.load(std::memory_order_relaxed);
-  stats.rows_sent = rows_sent_.load(std::memory_order_relaxed);
-  stats.bytes_sent = bytes_sent_.load(std::memory_order_relaxed);
   return stats;
 }
 

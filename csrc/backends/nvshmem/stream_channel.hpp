@@ -45,8 +45,8 @@ struct ChannelMemory {
   };
   // Request word of `requester` at `owner`, in host memory.
   std::function<Word(Rank owner, Rank requester)> request;
-  // Reply flag for answers of `owner` to `requester`, on the requester's GPU.
-  std::function<CUdeviceptr(Rank requester, Rank owner)> reply;
+  // Reply flag for answers of `owner` to `requester`, in host memory.
+  std::function<Word(Rank requester, Rank owner)> reply;
 };
 
 class StreamChannel final : public ActivationChannel {
@@ -62,6 +62,7 @@ class StreamChannel final : public ActivationChannel {
   void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
                std::byte* y) override;
   void check() const override;
+  void give_up() noexcept override { void_.store(true); }
   [[nodiscard]] bool available(Rank owner) const override;
   [[nodiscard]] RequesterStats requester_stats() const override;
   [[nodiscard]] ServiceStats service_stats() const override;
@@ -71,11 +72,15 @@ class StreamChannel final : public ActivationChannel {
   [[nodiscard]] const std::byte* slot(Rank owner, Rank requester) const;
   void put_answer(Stream stream, Rank owner, Rank requester,
                   const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const;
+  // Where the graphs will run. Ops are captured here too: libraries keep workspaces by stream.
+  [[nodiscard]] CUstream service_stream() const { return service_stream_.get(); }
 
  private:
+  static constexpr std::size_t kCounts = 4;  // words by owner: answers, rows, bytes, and one unused for alignment
+
   // What the watchdog knows of the own request at an owner.
   struct Watch {
-    std::uint32_t answered = 0;  // count when the request was first seen
+    std::uint64_t answers = 0;  // count when the request was first seen
     std::optional<Clock::time_point> since;
     std::optional<Clock::time_point> dead_since;
     bool over = false;  // answered in the owner's place, or given up
@@ -86,11 +91,13 @@ class StreamChannel final : public ActivationChannel {
   void serve(Rank requester, const Request& request);
   void watch(Rank owner);
   void stand_in(Rank owner, const Request& request);
-  void fail(Rank owner, std::int64_t waited_ms);
+  // Releases a requester without an answer: its step is void.
+  void not_answered(Rank requester, Rank owner);
+  void record(Error error);
   bool claim(Rank owner, Rank requester, std::uint32_t word) const;
   [[nodiscard]] const GraphOp& graph(const Request& request) const;
-  [[nodiscard]] std::size_t answered_index(Rank owner) const { return static_cast<std::size_t>(owner); }
-  [[nodiscard]] std::size_t failed_index() const { return answered_index(world_size_); }
+  [[nodiscard]] std::size_t answers_index(Rank owner) const { return kCounts * static_cast<std::size_t>(owner); }
+  [[nodiscard]] std::size_t failed_index() const { return answers_index(world_size_); }
   [[nodiscard]] CUdeviceptr local_word(std::size_t index) const { return words_.at(index * 64); }
 
   std::shared_ptr<const Device> device_;
@@ -101,20 +108,18 @@ class StreamChannel final : public ActivationChannel {
   Rank rank_;
   Rank world_size_;
   Kernels kernels_;
-  HostWords host_;      // answers taken by owner, then "a request was not answered"
-  DeviceBuffer words_;  // device's count of answers and block counters, see stream_channel.cpp
+  HostWords host_;      // answers, rows and bytes by owner, then "a request was not answered"
+  DeviceBuffer words_;  // device's counts and block counters, see stream_channel.cpp
   DeviceStream service_stream_;
-  DeviceStream release_stream_;  // sets reply flags that an engine's stream is blocked on
   std::vector<Watch> watches_;
   std::vector<std::atomic<bool>> gave_up_;
   std::vector<std::atomic<std::uint64_t>> served_by_peer_;
   std::atomic<std::uint64_t> served_rows_{0};
   std::atomic<std::uint64_t> served_failed_{0};
   std::atomic<std::uint64_t> stood_in_{0};
-  std::atomic<std::uint64_t> rows_sent_{0};
-  std::atomic<std::uint64_t> bytes_sent_{0};
   mutable std::mutex mutex_;
-  std::optional<Error> failure_;  // under mutex_
+  std::optional<Error> failure_;   // the first; under mutex_
+  std::atomic<bool> void_{false};  // the step is void: nobody waits for the rest of its answers
   std::atomic<bool> stop_{false};
   std::thread thread_;
 };

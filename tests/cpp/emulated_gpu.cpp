@@ -1,0 +1,229 @@
+#include "emulated_gpu.hpp"
+
+#include <cuda.h>
+#include <dlfcn.h>
+
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "backends/nvshmem/nvshmem_backend.hpp"
+#include "sidp/error.hpp"
+
+namespace sidp::test {
+
+namespace {
+
+using BeginCapture = CUresult(CUstream, CUstreamCaptureMode);
+using EndCapture = CUresult(CUstream, CUgraph*);
+
+constexpr Milliseconds kStreamDeadline{20000};
+constexpr ByteCount kMostBytes = 4096;  // of an op's answer
+
+void* load(const char* path) {
+  // By path and before anybody else: a later request for its soname finds this one.
+  void* const library = ::dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+  if (library == nullptr) throw std::runtime_error(::dlerror());
+  return library;
+}
+
+template <typename Function>
+Function* look_up(void* library, const char* name) {
+  auto* const function = reinterpret_cast<Function*>(::dlsym(library, name));
+  if (function == nullptr) throw std::runtime_error(std::string("the emulator lacks ") + name);
+  return function;
+}
+
+void must(CUresult result, const char* what) {
+  if (result != CUDA_SUCCESS) throw std::runtime_error(std::string(what) + " failed");
+}
+
+template <typename Call>
+void expect_usage(Call call, const std::string& words) {
+  try {
+    call();
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kUsage && std::string(error.what()).find(words) != std::string::npos) return;
+    throw;
+  }
+  throw Mismatch("nothing was thrown where '" + words + "' should have been");
+}
+
+class Emulation final : public EmulatedGpu {
+ public:
+  Emulation(const std::filesystem::path& folder, Rank rank, Rank world_size)
+      : cuda_(load(SIDP_EMULATED_CUDA)), nvshmem_(load(SIDP_EMULATED_NVSHMEM)) {
+    look_up<void(const char*, int, int)>(nvshmem_, "emulator_start_nvshmem")(folder.c_str(), rank, world_size);
+    device_ = std::make_shared<const sidp::nvshmem::Device>(0);
+    for (auto& stream : streams_)
+      stream = std::make_unique<sidp::nvshmem::DeviceStream>(*device_, sidp::nvshmem::DeviceStream::Priority::kDefault);
+    current_ = streams_[0]->get();
+  }
+
+  void set_total(std::size_t bytes) override { look_up<void(std::size_t)>(cuda_, "emulator_set_total")(bytes); }
+  void take(std::int64_t bytes) override { look_up<void(std::int64_t)>(cuda_, "emulator_use")(bytes); }
+  void fail_launches() override { look_up<void(bool)>(cuda_, "emulator_fail_graph_launch")(true); }
+  [[nodiscard]] WorkloadHooks hooks() override;
+  std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const override;
+  void capture(Runtime& runtime, const std::vector<Op>& plain) override;
+  [[nodiscard]] int num_pieces() const override { return look_up<int()>(nvshmem_, "emulator_num_pieces")(); }
+  void wait() override;
+  void finish() override;
+  void check_streams(Workload& workload, Runtime& runtime) override;
+  void check_replay(Workload& workload, Runtime& runtime) override;
+
+ private:
+  void enqueue(std::function<void()> work) {
+    works_.push_back([this, work = std::move(work)] {
+      try {
+        work();
+      } catch (const std::exception& error) {
+        const std::lock_guard lock(mutex_);
+        if (!failure_) failure_ = error.what();
+      }
+    });
+    const sidp::nvshmem::ContextScope scope(*device_);
+    must(device_->api().cuLaunchHostFunc(
+             current_, [](void* data) { (*static_cast<std::function<void()>*>(data))(); }, &works_.back()),
+         "cuLaunchHostFunc");
+  }
+
+  CUgraphExec captured(const std::function<void()>& calls) {
+    const sidp::nvshmem::ContextScope scope(*device_);
+    CUgraph graph = nullptr;
+    CUgraphExec executable = nullptr;
+    must(look_up<BeginCapture>(cuda_, "cuStreamBeginCapture_v2")(current_, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL),
+         "begin");
+    calls();
+    must(look_up<EndCapture>(cuda_, "cuStreamEndCapture")(current_, &graph), "end");
+    must(device_->api().cuGraphInstantiate(&executable, graph, 0), "cuGraphInstantiate");
+    return executable;
+  }
+
+  void* cuda_;
+  void* nvshmem_;
+  std::shared_ptr<const sidp::nvshmem::Device> device_;
+  std::unique_ptr<sidp::nvshmem::DeviceStream> streams_[2];
+  CUstream current_;
+  std::deque<std::function<void()>> works_;  // kept: graphs run them again
+  std::deque<std::vector<std::byte>> answers_;
+  std::mutex mutex_;
+  std::optional<std::string> failure_;  // of a check on a stream; under mutex_
+};
+
+WorkloadHooks Emulation::hooks() {
+  WorkloadHooks hooks;
+  hooks.stream = {current_};
+  hooks.on_stream = [this](std::function<void()> work) { enqueue(std::move(work)); };
+  hooks.refuse = false;
+  return hooks;
+}
+
+std::vector<Op> Emulation::ops(Backend& backend, const std::vector<Op>& plain) const {
+  std::vector<Op> ops = plain;
+  const auto& gpu = dynamic_cast<sidp::nvshmem::NvshmemBackend&>(backend);
+  for (Op& op : ops)
+    for (auto& kernel : op.kernels)
+      if (kernel) kernel = std::make_shared<sidp::nvshmem::GraphOp>(gpu.device());
+  return ops;
+}
+
+void Emulation::capture(Runtime& runtime, const std::vector<Op>& plain) {
+  const auto& channel = dynamic_cast<const sidp::nvshmem::StreamChannel&>(*runtime.channel());
+  const WeightPool& pool = runtime.pool();
+  const Rank rank = pool.backend().rank();
+  for (std::size_t o = 0; o < plain.size(); ++o)
+    for (LayerIndex layer = 0; layer < pool.placement().num_layers(); ++layer) {
+      const OpKernel* const kernel = plain[o].kernels[static_cast<std::size_t>(layer)].get();
+      const Rank owner = pool.placement().owner(layer);
+      if (kernel == nullptr || owner < 0) continue;
+      const std::byte* const weights = owner == rank ? pool.local_layer(layer) : pool.peer_layer(layer);
+      // NOLINTNEXTLINE: the mailbox hands its kernels out as const; this one is being filled
+      auto& graphs = const_cast<sidp::nvshmem::GraphOp&>(
+          dynamic_cast<const sidp::nvshmem::GraphOp&>(runtime.mailbox()->kernel(layer, static_cast<OpIndex>(o))));
+      for (Rank requester = 0; requester < pool.placement().world_size(); ++requester) {
+        if ((owner == rank) == (requester == rank)) continue;
+        for (const std::int64_t rows : runtime.mailbox()->row_buckets()) {
+          std::vector<std::byte>& y = answers_.emplace_back(kMostBytes);
+          const std::byte* const x = channel.slot(owner, requester);
+          const CUgraphExec ignored = captured([&] {
+            enqueue([kernel, weights, x, rows, &y] { kernel->run(weights, x, rows, y.data()); });
+            channel.put_answer({current_}, owner, requester,
+                               {{y.data(), static_cast<ByteCount>(rows) * plain[o].out_row_bytes}});
+          });
+          // The emulator's graphs and their instances are one type, and add() copies it.
+          graphs.add({owner, requester, rows}, reinterpret_cast<CUgraph>(ignored));
+        }
+      }
+    }
+}
+
+void Emulation::wait() {
+  const auto start = Clock::now();
+  for (const auto& stream : streams_)
+    while (!stream->idle()) {
+      if (Clock::now() - start > kStreamDeadline) throw Mismatch("a stream did not come to its end");
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+}
+
+void Emulation::finish() {
+  wait();
+  const std::lock_guard lock(mutex_);
+  if (failure_) throw Mismatch(*failure_);
+}
+
+void Emulation::check_streams(Workload& workload, Runtime& runtime) {
+  std::mt19937_64 random(7);
+  for (int i = 0; i < 12; ++i) {
+    current_ = streams_[i % 2]->get();
+    workload.use_stream({current_});
+    if (i % 2 == 0) enqueue([] { std::this_thread::sleep_for(Milliseconds(20)); });
+    workload.step(runtime, {.break_at = i % 5 == 3 ? 2 : -1}, random);
+  }
+  finish();
+}
+
+void Emulation::check_replay(Workload& workload, Runtime& runtime) {
+  std::mt19937_64 random(8);
+  const Stream stream{current_};
+  CUgraphExec graphs[2];
+  for (const Mode mode : {Mode::kWas, Mode::kCas})
+    graphs[static_cast<std::size_t>(mode)] = captured([&] {
+      runtime.begin_step(stream, 1, StepKind::kCapture, mode);
+      workload.forward(runtime, mode, -1, random);
+      runtime.end_step(/*broken_off=*/false);
+    });
+  if (runtime.stats().steps != decltype(runtime.stats().steps){}) throw Mismatch("a capture was counted as a step");
+  for (int i = 0; i < 60; ++i) {
+    if (i % 10 == 4) workload.step(runtime, {}, random);
+    const Mode mode = runtime.begin_step(stream, 1, StepKind::kReplay, i % 3 == 0 ? Mode::kCas : Mode::kWas).mode;
+    if (i % 10 == 5) {  // the engine raised before the launch
+      runtime.end_step(/*broken_off=*/true);
+      continue;
+    }
+    if (i % 10 == 6) {
+      expect_usage([&] { runtime.end_step(/*broken_off=*/false); }, "launched");
+      continue;
+    }
+    {
+      const sidp::nvshmem::ContextScope scope(*device_);
+      must(device_->api().cuGraphLaunch(graphs[static_cast<std::size_t>(mode)], current_), "cuGraphLaunch");
+    }
+    runtime.launched();
+    expect_usage([&] { runtime.launched(); }, "once");
+    if (i % 10 == 7) device_->api().cuStreamSynchronize(current_);  // the engine waits inside the step
+    runtime.end_step(/*broken_off=*/i % 10 == 8);                   // or raises after the launch
+  }
+  finish();
+}
+
+}  // namespace
+
+std::unique_ptr<EmulatedGpu> make_emulated_gpu(const std::filesystem::path& folder, Rank rank, Rank world_size) {
+  return std::make_unique<Emulation>(folder, rank, world_size);
+}
+
+}  // namespace sidp::test

@@ -1,0 +1,36 @@
+// The workload on the GPU backend, over an emulated device (tests/cpp/emulator): its steps run on a stream, checks and
+// all.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+
+#include "workload.hpp"
+
+namespace sidp::test {
+
+class EmulatedGpu {
+ public:
+  virtual ~EmulatedGpu() = default;
+  virtual void set_total(std::size_t bytes) = 0;  // memory of the device
+  virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
+  virtual void fail_launches() = 0;               // of graphs
+  [[nodiscard]] virtual WorkloadHooks hooks() = 0;
+  // Ops of captured graphs in the place of the given ones, and their capture once the runtime is made.
+  virtual std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const = 0;
+  virtual void capture(Runtime& runtime, const std::vector<Op>& plain) = 0;
+  [[nodiscard]] virtual int num_pieces() const = 0;  // allocations on the symmetric heap
+  virtual void wait() = 0;                           // for the streams
+  virtual void finish() = 0;                         // waits, then throws what a check on them found
+
+  // Steps that alternate between two streams, the first of which is kept busy.
+  virtual void check_streams(Workload& workload, Runtime& runtime) = 0;
+  // Steps in graphs, in both modes, between eager ones; and what replay steps refuse.
+  virtual void check_replay(Workload& workload, Runtime& runtime) = 0;
+};
+
+// Loads the emulated driver and NVSHMEM in the place of the real ones. Before make_backend. The ranks share `folder`.
+// Throws Error(kUnsupported) if the GPU backend is not in this build.
+std::unique_ptr<EmulatedGpu> make_emulated_gpu(const std::filesystem::path& folder, Rank rank, Rank world_size);
+
+}  // namespace sidp::test

@@ -1,0 +1,384 @@
+// A stand-in for libcuda.so.1 whose device is this machine: memory is the process's, a stream is a thread that works
+// off a queue, a graph is a list of what was queued while capturing. It runs the GPU backend's C++ code, waits and all,
+// where there is no GPU. It knows the two kernels of csrc/backends/nvshmem/kernels.cu by name and does what they do;
+// the kernels themselves, and whatever a real driver blocks on, show on a real GPU only.
+#include <cuda.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using Work = std::function<void()>;
+
+template <typename Word>
+std::atomic_ref<Word> atomic(CUdeviceptr address) {
+  return std::atomic_ref<Word>(*reinterpret_cast<Word*>(address));
+}
+
+void nap() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
+
+struct Graph {
+  std::vector<Work> nodes;
+};
+
+struct Stream {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<Work> queue;
+  bool busy = false;
+  bool destroyed = false;
+  Graph* capturing = nullptr;
+
+  void run() {
+    std::unique_lock lock(mutex);
+    while (true) {
+      changed.wait(lock, [this] { return !queue.empty() || destroyed; });
+      if (queue.empty()) return;
+      const Work work = std::move(queue.front());
+      queue.pop_front();
+      busy = true;
+      lock.unlock();
+      work();
+      lock.lock();
+      busy = false;
+      changed.notify_all();
+    }
+  }
+  [[nodiscard]] bool idle() const { return queue.empty() && !busy; }
+};
+
+struct Event {
+  std::atomic<std::uint64_t> recorded{0}, done{0};
+};
+
+// Never destroyed: stream threads may outlive main().
+struct State {
+  std::mutex mutex;
+  std::map<CUstream, std::shared_ptr<Stream>> streams;
+  std::map<CUdeviceptr, std::size_t> memory;
+  std::size_t total = std::size_t{80} << 30, used = 0;
+  std::uintptr_t next_stream = 0x1000;
+  bool fail_graph_launch = false;
+};
+
+State& state() {
+  static auto* const s = new State;
+  return *s;
+}
+
+thread_local std::vector<CUcontext> contexts;
+const CUcontext kContext = reinterpret_cast<CUcontext>(0x10);
+
+std::shared_ptr<Stream> find(CUstream handle) {
+  const std::lock_guard lock(state().mutex);
+  const auto found = state().streams.find(handle);
+  return found == state().streams.end() ? nullptr : found->second;
+}
+
+CUresult enqueue(CUstream handle, Work work) {
+  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  const auto stream = find(handle);
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  const std::lock_guard lock(stream->mutex);
+  if (stream->capturing != nullptr) {
+    stream->capturing->nodes.push_back(std::move(work));
+  } else {
+    stream->queue.push_back(std::move(work));
+    stream->changed.notify_all();
+  }
+  return CUDA_SUCCESS;
+}
+
+Work wait_value(CUdeviceptr address, std::uint32_t value, unsigned flags) {
+  return [=] {
+    const auto met = [=] {
+      const std::uint32_t seen = atomic<std::uint32_t>(address).load(std::memory_order_acquire);
+      return flags == CU_STREAM_WAIT_VALUE_EQ ? seen == value : static_cast<std::int32_t>(seen - value) >= 0;
+    };
+    while (!met()) nap();
+  };
+}
+
+Work write_value(CUdeviceptr address, std::uint32_t value) {
+  return [=] { atomic<std::uint32_t>(address).store(value, std::memory_order_release); };
+}
+
+template <typename Value>
+Value argument(void** arguments, int index) {
+  return *static_cast<Value*>(arguments[index]);
+}
+
+Work put(void** a) {
+  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3);
+  const auto bytes = argument<std::uint64_t>(a, 2);
+  const auto value = argument<std::uint32_t>(a, 4);
+  return [=] {
+    std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+    if (word != 0) write_value(word, value)();
+  };
+}
+
+Work take(void** a) {
+  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
+             request = argument<CUdeviceptr>(a, 4), counts = argument<CUdeviceptr>(a, 7),
+             counts_host = argument<CUdeviceptr>(a, 8), failed_host = argument<CUdeviceptr>(a, 9);
+  const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 5),
+             sent = argument<std::uint64_t>(a, 6);
+  return [=] {
+    const bool failed = atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
+    if (!failed) std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+    write_value(flag, 0)();
+    write_value(request, 0)();
+    if (failed) atomic<std::uint64_t>(failed_host).store(1);
+    const std::uint64_t more[] = {1, rows, sent};
+    for (int i = 2; i >= 0; --i) {  // answers last
+      auto* const count = reinterpret_cast<std::uint64_t*>(counts) + i;
+      atomic<std::uint64_t>(counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
+    }
+  };
+}
+
+constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take";
+
+}  // namespace
+
+#define EMULATED extern "C" __attribute__((visibility("default")))
+
+// --- For tests
+EMULATED void emulator_set_total(std::size_t bytes) { state().total = bytes; }
+EMULATED void emulator_use(std::int64_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  state().used += static_cast<std::size_t>(bytes);
+}
+EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
+
+// --- Device and context
+EMULATED CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+EMULATED CUresult cuDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuGetErrorName(CUresult, const char** name) {
+  *name = "EMULATED_ERROR";
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuGetErrorString(CUresult, const char** text) {
+  *text = "the emulator was told to fail, or was used wrongly";
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuDeviceGetCount(int* count) {
+  *count = 1;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+  *context = kContext;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
+EMULATED CUresult cuCtxPushCurrent(CUcontext context) {
+  contexts.push_back(context);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuCtxPopCurrent(CUcontext* context) {
+  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  *context = contexts.back();
+  contexts.pop_back();
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuCtxGetStreamPriorityRange(int* lowest, int* highest) {
+  *lowest = 0, *highest = -5;
+  return CUDA_SUCCESS;
+}
+
+// --- Memory
+EMULATED CUresult cuMemGetInfo(std::size_t* free, std::size_t* total) {
+  const std::lock_guard lock(state().mutex);
+  *total = state().total, *free = state().total - state().used;
+  return contexts.empty() ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemAlloc(CUdeviceptr* memory, std::size_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (bytes > state().total - state().used) return CUDA_ERROR_OUT_OF_MEMORY;
+  *memory = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  state().used += state().memory[*memory] = bytes;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemFree(CUdeviceptr memory) {
+  const std::lock_guard lock(state().mutex);
+  const auto found = state().memory.find(memory);
+  if (found == state().memory.end()) return CUDA_ERROR_INVALID_VALUE;
+  state().used -= found->second;
+  state().memory.erase(found);
+  std::free(reinterpret_cast<void*>(memory));
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemHostAlloc(void** memory, std::size_t bytes, unsigned) {
+  *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemFreeHost(void* memory) {
+  std::free(memory);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemHostGetDevicePointer(CUdeviceptr* mapped, void* memory, unsigned) {
+  *mapped = reinterpret_cast<CUdeviceptr>(memory);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemHostRegister(void*, std::size_t, unsigned) { return CUDA_SUCCESS; }
+EMULATED CUresult cuMemHostUnregister(void*) { return CUDA_SUCCESS; }
+EMULATED CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, std::size_t bytes, CUstream stream) {
+  return enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<void*>(src), bytes); });
+}
+EMULATED CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, std::size_t count, CUstream stream) {
+  return enqueue(stream, [=] { std::memset(reinterpret_cast<void*>(dst), value, count); });
+}
+
+// --- Streams and events
+EMULATED CUresult cuStreamCreateWithPriority(CUstream* handle, unsigned, int) {
+  const auto stream = std::make_shared<Stream>();
+  const std::lock_guard lock(state().mutex);
+  *handle = reinterpret_cast<CUstream>(state().next_stream += 0x10);
+  state().streams[*handle] = stream;
+  std::thread([stream] {
+    contexts.push_back(kContext);
+    stream->run();
+  }).detach();
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuStreamDestroy(CUstream handle) {
+  const auto stream = find(handle);
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  {
+    const std::lock_guard lock(state().mutex);
+    state().streams.erase(handle);
+  }
+  const std::lock_guard lock(stream->mutex);
+  stream->destroyed = true;
+  stream->changed.notify_all();
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuStreamQuery(CUstream handle) {
+  const auto stream = find(handle);
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  const std::lock_guard lock(stream->mutex);
+  return stream->idle() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+EMULATED CUresult cuStreamSynchronize(CUstream handle) {
+  const auto stream = find(handle);
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  std::unique_lock lock(stream->mutex);
+  stream->changed.wait(lock, [&] { return stream->idle(); });
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuStreamWaitValue32(CUstream stream, CUdeviceptr address, cuuint32_t value, unsigned flags) {
+  return enqueue(stream, wait_value(address, value, flags));
+}
+EMULATED CUresult cuStreamWriteValue32(CUstream stream, CUdeviceptr address, cuuint32_t value, unsigned) {
+  return enqueue(stream, write_value(address, value));
+}
+EMULATED CUresult cuStreamBatchMemOp(CUstream stream, unsigned count, CUstreamBatchMemOpParams* ops, unsigned) {
+  for (unsigned i = 0; i < count; ++i)
+    if (const CUresult result = enqueue(stream, write_value(ops[i].writeValue.address, ops[i].writeValue.value));
+        result != CUDA_SUCCESS)
+      return result;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuEventCreate(CUevent* event, unsigned) {
+  *event = reinterpret_cast<CUevent>(new Event);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuEventDestroy(CUevent) { return CUDA_SUCCESS; }  // streams may still refer to it
+EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
+  auto* const event = reinterpret_cast<Event*>(handle);
+  return enqueue(stream, [event, number = ++event->recorded] { event->done = number; });
+}
+EMULATED CUresult cuEventQuery(CUevent handle) {
+  const auto* const event = reinterpret_cast<Event*>(handle);
+  return event->done >= event->recorded ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+EMULATED CUresult cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned) {
+  auto* const event = reinterpret_cast<Event*>(handle);
+  return enqueue(stream, [event, number = event->recorded.load()] {
+    while (event->done < number) nap();
+  });
+}
+
+// --- Kernels and graphs
+EMULATED CUresult cuLibraryLoadData(CUlibrary* library, const void*, CUjit_option*, void**, unsigned, CUlibraryOption*,
+                                    void**, unsigned) {
+  *library = reinterpret_cast<CUlibrary>(0x20);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuLibraryUnload(CUlibrary) { return CUDA_SUCCESS; }
+EMULATED CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char* name) {
+  for (const char* known : {kPut, kTake})
+    if (std::strcmp(name, known) == 0) *kernel = reinterpret_cast<CUkernel>(const_cast<char*>(known));
+  return *kernel == nullptr ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
+}
+EMULATED CUresult cuLaunchKernel(CUfunction function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                                 unsigned, CUstream stream, void** arguments, void**) {
+  const void* const kernel = function;
+  return enqueue(stream, kernel == kPut ? put(arguments) : take(arguments));
+}
+EMULATED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void* data) {
+  return enqueue(stream, [=] { function(data); });
+}
+EMULATED CUresult cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode) {
+  const auto stream = find(handle);
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  const std::lock_guard lock(stream->mutex);
+  stream->capturing = new Graph;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
+  const auto stream = find(handle);
+  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+  const std::lock_guard lock(stream->mutex);
+  *graph = reinterpret_cast<CUgraph>(stream->capturing);
+  stream->capturing = nullptr;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuGraphDestroy(CUgraph graph) {
+  delete reinterpret_cast<Graph*>(graph);
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuGraphInstantiate(CUgraphExec* executable, CUgraph graph, unsigned long long) {
+  *executable = reinterpret_cast<CUgraphExec>(new Graph(*reinterpret_cast<Graph*>(graph)));
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuGraphLaunch(CUgraphExec graph, CUstream stream) {
+  if (state().fail_graph_launch) return CUDA_ERROR_LAUNCH_FAILED;
+  return enqueue(stream, [nodes = reinterpret_cast<Graph*>(graph)->nodes] {
+    for (const Work& node : nodes) node();
+  });
+}
+EMULATED CUresult cuGraphExecDestroy(CUgraphExec graph) {
+  delete reinterpret_cast<Graph*>(graph);
+  return CUDA_SUCCESS;
+}
+
+// --- Looked up by the backend, used by the report of devices only
+#define NOT_EMULATED(name, ...) \
+  EMULATED CUresult name(__VA_ARGS__) { return CUDA_ERROR_NOT_SUPPORTED; }
+NOT_EMULATED(cuDeviceGetName, char*, int, CUdevice)
+NOT_EMULATED(cuDeviceGetUuid_v2, CUuuid*, CUdevice)
+NOT_EMULATED(cuDeviceTotalMem, std::size_t*, CUdevice)
+NOT_EMULATED(cuDeviceGetAttribute, int*, CUdevice_attribute, CUdevice)
+NOT_EMULATED(cuDeviceCanAccessPeer, int*, CUdevice, CUdevice)

@@ -1,0 +1,210 @@
+// The GPU backend with real processes over an emulated driver and NVSHMEM: the same protocol code as on GPUs, on
+// streams that are threads. Ordering, deadlines, deaths and bookkeeping show here; kernels, memory models and speed do
+// not.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <csignal>
+#include <random>
+#include <thread>
+
+#include "rank_group.hpp"
+
+namespace sidp::test {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+std::int64_t number(const RankResult& result, const std::string& key) {
+  const auto found = result.find(key);
+  return found == result.end() ? -1 : std::stoll(found->second);
+}
+
+void sleep_for(Milliseconds time) { std::this_thread::sleep_for(time); }
+
+std::vector<std::string> gpu(std::vector<std::string> settings) {
+  settings.insert(settings.begin(), {"backend=nvshmem", "max_rows=5"});
+  return settings;
+}
+
+void expect_all_finish(RankGroup& group, Rank ranks) {
+  for (Rank rank = 0; rank < ranks; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+    EXPECT_EQ(number(group.result(rank), "freed"), 1) << rank;
+  }
+  EXPECT_THAT(group.names_left(), IsEmpty());
+}
+
+class GpuGroups : public ::testing::TestWithParam<Rank> {};
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuGroups, ::testing::Values(1, 2, 3));
+
+TEST_P(GpuGroups, StepsAreRightInEveryMode) {
+  const Rank ranks = GetParam();
+  for (const std::string mode : {"was", "cas", "auto"}) {
+    SCOPED_TRACE("mode " + mode);
+    RankGroup group(ranks, gpu({"mode=" + mode, "steps=30", "resident=2", "slots=3", "linger=1"}));
+    group.start_all();
+    for (Rank rank = 0; rank < ranks; ++rank) group.wait_for_mark(rank, "waiting");
+    group.set_mark("stop");
+    expect_all_finish(group, ranks);
+    std::int64_t requests = 0, served = 0;
+    for (Rank rank = 0; rank < ranks; ++rank) {
+      const RankResult result = group.result(rank);
+      EXPECT_EQ(number(result, "steps"), 30);
+      EXPECT_EQ(number(result, "fallbacks"), 0);
+      requests += number(result, "requests");
+      served += number(result, "served");
+      if (ranks == 1) continue;
+      EXPECT_EQ(number(result, "fetches") > 0, mode != "cas");
+      EXPECT_EQ(number(result, "requests") > 0, mode != "was");
+      EXPECT_EQ(number(result, "rows") > number(result, "requests"), mode != "was");
+      EXPECT_GT(number(result, "copied"), 0);
+    }
+    EXPECT_EQ(served, requests);
+  }
+}
+
+TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
+  for (const std::string mode : {"was", "cas"}) {
+    SCOPED_TRACE("mode " + mode);
+    RankGroup group(2, gpu({"mode=" + mode, "slots=2"}));
+    group.start(0, {"do=usage"});
+    group.start(1, {"linger=1", "steps=0"});
+    group.wait_for_mark(0, "usage checked");
+    group.set_mark("stop");
+    expect_all_finish(group, 2);
+  }
+}
+
+TEST(GpuBackend, PeersWithoutMappingAreReadByGets) {
+  RankGroup group(2, gpu({"mode=was", "no_ops=1", "unmapped=1", "steps=20"}));
+  group.start_all();
+  expect_all_finish(group, 2);
+}
+
+TEST(GpuBackend, StepsOnTwoStreamsKeepTheirOrder) {
+  for (const std::string mode : {"was", "cas"}) {
+    SCOPED_TRACE("mode " + mode);
+    RankGroup group(2, gpu({"mode=" + mode, "do=streams", "linger=1"}));
+    group.start_all();
+    for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "waiting");
+    group.set_mark("stop");
+    expect_all_finish(group, 2);
+  }
+}
+
+TEST(GpuBackend, GraphsAreReplayedBetweenEagerAndBrokenSteps) {
+  for (const std::string slots : {"2", "3"}) {
+    RankGroup group(2, gpu({"do=replay", "slots=" + slots, "linger=1"}));
+    group.start_all();
+    for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "waiting");
+    group.set_mark("stop");
+    expect_all_finish(group, 2);
+  }
+}
+
+TEST(GpuBackend, SurvivorsFinishWhenARankIsKilled) {
+  std::mt19937 random(3);
+  for (int i = 0; i < 8; ++i) {
+    const std::string mode = i % 2 == 0 ? "was" : "cas";
+    SCOPED_TRACE("mode " + mode + ", attempt " + std::to_string(i));
+    RankGroup group(3, gpu({"mode=" + mode, "steps=2", "until_stop=1", "setup_deadline_ms=4000"}));
+    group.start_all();
+    for (Rank rank = 0; rank < 3; ++rank) group.wait_for_mark(rank, "ready");
+    sleep_for(Milliseconds(random() % 60));
+    group.signal(1, SIGKILL);
+    sleep_for(Milliseconds(500));  // after its grace, requests that it took are run again
+    group.set_mark("stop");
+    for (const Rank rank : {0, 2}) {
+      ASSERT_EQ(group.wait(rank), 0) << group.log(rank);
+      EXPECT_EQ(number(group.result(rank), "fallbacks") > 0, mode == "cas");
+      EXPECT_EQ(number(group.result(rank), "freed"), 0) << "symmetric memory is freed by all or not at all";
+    }
+  }
+}
+
+TEST(GpuBackend, StoppedOwnerIsPassedOverAfterTheDeadline) {
+  RankGroup group(2, gpu({"mode=cas", "steps=2", "until_stop=1", "deadline_ms=400", "setup_deadline_ms=4000"}));
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "ready");
+  group.signal(1, SIGSTOP);
+  sleep_for(Milliseconds(1500));
+  group.set_mark("stop");
+  sleep_for(Milliseconds(500));
+  group.signal(1, SIGCONT);
+  // The owner may have been stopped between taking a request and answering it: then there is an error instead.
+  if (group.wait(0) == 0)
+    EXPECT_GT(number(group.result(0), "fallbacks"), 0);
+  else
+    EXPECT_EQ(group.result(0)["error"], "DeadlineError") << group.log(0);
+  group.wait(1);
+}
+
+TEST(GpuBackend, RequestThatWasTakenAndNeverAnsweredIsAnError) {
+  RankGroup group(2, gpu({"mode=cas", "steps=4"}));
+  group.start(0, {"deadline_ms=200"});
+  group.start(1, {"service_delay_us=1500000", "steps=0", "linger=1", "setup_deadline_ms=1000"});
+  EXPECT_EQ(group.wait(0), 3) << group.log(0);
+  EXPECT_EQ(group.result(0)["error"], "DeadlineError");
+  EXPECT_THAT(group.result(0)["message"], HasSubstr("rank 1 took a request of rank 0"));
+  EXPECT_LT(number(group.result(0), "total_ms"), 3000);
+  group.set_mark("stop");
+  group.wait(1);
+}
+
+TEST(GpuBackend, OwnerWhoseDeviceHangsCostsOneDeadline) {
+  RankGroup group(2, gpu({"mode=cas", "deadline_ms=800"}));
+  group.start(0, {"steps=4"});
+  group.start(1, {"op_delay_ms=20000", "steps=0", "linger=1"});
+  EXPECT_EQ(group.wait(0), 3) << group.log(0);
+  EXPECT_EQ(group.result(0)["error"], "DeadlineError");
+  EXPECT_LT(number(group.result(0), "total_ms"), 2500) << "not one for each request of the step";
+  group.signal(1, SIGKILL);
+}
+
+TEST(GpuBackend, OwnerThatCannotLaunchSaysSoOnBothSides) {
+  RankGroup group(2, gpu({"mode=cas", "linger=1"}));
+  group.start(0, {"steps=3"});
+  group.start(1, {"steps=0", "fail_launches=1", "setup_deadline_ms=1000"});
+  EXPECT_EQ(group.wait(0), 3) << group.log(0);
+  EXPECT_EQ(group.result(0)["error"], "RemoteOpError") << group.result(0)["message"];
+  group.set_mark("stop");
+  EXPECT_EQ(group.wait(1), 3) << group.log(1);
+  EXPECT_THAT(group.result(1)["message"], HasSubstr("could not launch an op for rank 0: cuGraphLaunch"));
+}
+
+TEST(GpuBackend, CloseInAStepComesBack) {
+  for (const std::string mode : {"was", "cas"}) {
+    RankGroup group(2, gpu({"mode=" + mode, "do=close_in_step"}));
+    group.start_all();
+    for (Rank rank = 0; rank < 2; ++rank) EXPECT_EQ(group.wait(rank), 0) << group.log(rank);
+  }
+}
+
+constexpr const char* kTotal = "total=1153433600";  // 1100 MiB: two of the heap's units of 512 MiB
+
+// Others take 200 MiB once the first pool is gone: its memory stays with NVSHMEM, and that is enough for the next ones.
+TEST(GpuBackend, PoolsReuseTheHeapThatNvshmemKeeps) {
+  RankGroup group(2, gpu({"do=reopen", kTotal, "take_at=1", "take=209715200"}));
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+    EXPECT_EQ(number(group.result(rank), "opened"), 2);
+    EXPECT_EQ(number(group.result(rank), "refused"), -1);
+  }
+}
+
+// Rank 1 has room for the flags and not for the pool: both ranks say so and free the flags.
+TEST(GpuBackend, PoolThatOneRankCannotHoldLeavesNothing) {
+  RankGroup group(2, gpu({"do=reopen", kTotal, "take_at=0", "take_rank=1", "take=104857600", "give_back_at=1"}));
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+    EXPECT_EQ(number(group.result(rank), "refused"), 0);
+    EXPECT_EQ(number(group.result(rank), "opened"), 2);
+  }
+}
+
+}  // namespace
+}  // namespace sidp::test
