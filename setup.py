@@ -67,7 +67,11 @@ bench = ["sidp_runtime.bench", *(f"sidp_runtime.bench.{name}" for name in find_p
 setup(
     packages=[*find_packages(include=["sidp_runtime", "sidp_runtime.*"]), *bench],
     package_dir={"sidp_runtime": "sidp_runtime", "sidp_runtime.bench": "bench"},
-    package_data={"sidp_runtime": ["py.typed", "*.pyi"], "sidp_runtime.bench": ["*.jsonl", "*.md"]},
+    package_data={
+        "sidp_runtime": ["py.typed", "*.pyi"],
+        "sidp_runtime.planner": ["*.json"],
+        "sidp_runtime.bench": ["*.jsonl", "*.md"],
+    },
     ext_modules=[Extension("sidp_runtime._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -17,6 +17,7 @@ from .placement import Placement
 from .policy import MachineProfile, ModePolicy
 
 if TYPE_CHECKING:
+    from .planner import Planner
     from .runtime import Runtime, Step
     from .weight_pool import WeightPool
 
@@ -30,6 +31,7 @@ __all__ = [
     "ModePolicy",
     "Op",
     "Placement",
+    "Planner",
     "Runtime",
     "Step",
     "TensorSpec",
@@ -37,8 +39,8 @@ __all__ = [
     "errors",
 ]
 
-# These import torch, which takes seconds; commands that do not need it shall not pay for it.
-_LAZY = {"Runtime": "runtime", "Step": "runtime", "WeightPool": "weight_pool"}
+# All but Planner import torch, which takes seconds; commands that do not need it shall not pay for it.
+_LAZY = {"Planner": "planner", "Runtime": "runtime", "Step": "runtime", "WeightPool": "weight_pool"}
 
 
 def __getattr__(name: str) -> object:

@@ -161,6 +161,48 @@ def doctor(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="Model directory, its config.json, or a bundled name (a wrong one lists them).")
+    ],
+    replicas: Annotated[int, typer.Option(help="GPUs, with a replica each.")],
+    workload: Annotated[str, typer.Option(help="Tokens of a request, e.g. in=2048,out=512.")],
+    gpu: Annotated[str, typer.Option(help="H200, H100, H20, B200, or a JSON file with a profile.")] = "H200",
+    dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float16. Default: the config's.")] = None,  # noqa: UP045
+    utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.90,
+    workspace_gib: Annotated[float, typer.Option(help="Reserve for activations and library workspaces.")] = 3.0,
+    ring_slots: Annotated[int, typer.Option(help="Layers that a ring holds.")] = 2,
+    cas_rows: Annotated[int, typer.Option(help="Rows of the largest CaS step; 0: WaS only.")] = 512,
+    step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prompts and answers together.")] = 8192,
+    max_sequences: Annotated[
+        Optional[int], typer.Option(help="Most sequences a replica runs together.")  # noqa: UP045
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw to this file (needs matplotlib).")] = None,  # noqa: UP045
+    debug: Debug = False,
+) -> None:
+    """Memory, KV tokens, thresholds and predicted throughput of plain DP, TP and SiDP. Needs no GPU."""
+    with _plain_errors(debug):
+        from .planner import command
+
+        command.run(
+            model=model,
+            gpu=gpu,
+            replicas=replicas,
+            workload=workload,
+            dtype=dtype,
+            utilization=utilization,
+            workspace_gib=workspace_gib,
+            ring_slots=ring_slots,
+            cas_rows=cas_rows,
+            step_tokens=step_tokens,
+            max_sequences=max_sequences,
+            as_json=as_json,
+            plot=plot,
+        )
+
+
+@app.command()
 def bench(
     backend: Backend = "host",
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here.")] = None,  # noqa: UP045

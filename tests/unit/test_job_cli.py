@@ -35,7 +35,7 @@ def options(tmp_path: Path) -> list[object]:
 def test_help_names_the_commands() -> None:
     result = sidp("--help")
     assert result.exit_code == 0
-    for command in ("generate", "doctor", "bench"):
+    for command in ("generate", "doctor", "plan", "bench"):
         assert command in result.output
 
 

@@ -151,4 +151,4 @@ def test_nothing_is_left_to_do(tree: dict[str, str]) -> None:
 
 def test_top_level_folders_are_the_agreed_ones(tree: dict[str, str]) -> None:
     folders = {path.split("/")[0] for path in tree if "/" in path and not path.startswith(".")}
-    assert folders <= {"bench", "csrc", "include", "sidp_runtime", "tests"}
+    assert folders <= {"bench", "csrc", "docs", "include", "sidp_runtime", "tests"}

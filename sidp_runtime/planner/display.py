@@ -1,0 +1,90 @@
+"""A plan as tables for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .memory import non_zero
+from .planner import Plan, Scheme
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Prints memory by item, speed, thresholds and warnings."""
+    shape, gpu, work = plan.shape, plan.gpu, plan.workload
+    console.print(
+        f"[bold]{escape(shape.name)}[/] ({shape.num_params / 1e9:.2f} B parameters, {shape.dtype}) on "
+        f"{plan.replicas} x {escape(gpu.name)} ({gpu.origin}), "
+        f"{work.prompt_tokens} tokens in and {work.output_tokens} out",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_memory(plan))
+    console.print(_speed(plan))
+    for text in _findings(plan):
+        console.print(text, highlight=False, soft_wrap=True)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _memory(plan: Plan) -> Table:
+    rows = plan.rows()
+    table = Table("GiB a device", title="Memory", title_justify="left")
+    for scheme in rows:
+        table.add_column(scheme.name, justify="right")
+    for item in non_zero([scheme.device for scheme in rows]):
+        table.add_row(item, *(_gib(scheme.device.items.get(item, 0)) for scheme in rows))
+    table.add_section()
+    table.add_row("device", *(_gib(scheme.device.device_bytes) for scheme in rows))
+    if any(not scheme.device.fits for scheme in rows):
+        table.add_row("lacking", *(_gib(scheme.device.shortfall_bytes) for scheme in rows), style="red")
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}" if num_bytes else "-"
+
+
+def _speed(plan: Plan) -> Table:
+    table = Table(title=f"{plan.replicas} devices together, predicted", title_justify="left")
+    table.add_column("scheme")
+    for column in ("KV tokens", "sequences", "step tokens", "mode", "step ms", "WaS / CaS ms", "output tokens/s"):
+        table.add_column(column, justify="right")
+    ratio = 1 + plan.workload.prompt_tokens / plan.workload.output_tokens
+    for scheme in plan.rows():
+        units = plan.replicas // scheme.devices_per_unit
+        table.add_row(
+            scheme.name,
+            f"{scheme.group_kv_tokens:,}",
+            f"{units * scheme.device.sequences:,}",
+            f"{scheme.batch * ratio:.0f}",
+            scheme.mode or "",
+            "does not fit" if scheme.step_s is None else f"{scheme.step_s * 1e3:.1f}",
+            "" if scheme.times is None else f"{scheme.times.was_s * 1e3:.1f} / {scheme.times.cas_s * 1e3:.1f}",
+            "" if scheme.tokens_per_s is None else f"{scheme.tokens_per_s:,.0f}",
+        )
+    return table
+
+
+def _findings(plan: Plan) -> list[str]:
+    limits, best = plan.thresholds, plan.best
+    found = [
+        f"best residency: {best.num_resident} of {plan.shape.num_layers} layers on every replica{_against(plan, best)}"
+    ]
+    if plan.kv_gain is not None:
+        found.append(f"KV of SiDP: {plan.kv_gain:.2f} x plain DP")
+    found.append(
+        f"with {best.num_resident} resident: CaS in decode steps of fewer than {limits.cas_below:,} sequences; the "
+        f"stream is hidden from {_count(limits.hidden_from_sequences)} sequences on, in steps of prompts from "
+        f"{_count(limits.hidden_from_prompt_tokens)} tokens on"
+    )
+    return found
+
+
+def _against(plan: Plan, best: Scheme) -> str:
+    return "" if plan.speedup is None else f", {plan.speedup:.2f} x the tokens/s of plain DP"
+
+
+def _count(tokens: int | None) -> str:
+    return "(never)" if tokens is None else f"{tokens:,}"

@@ -1,0 +1,311 @@
+"""The plan: schemes side by side, the best residency between SiDP and DP, and where SiDP loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from .. import _C
+from ..errors import CapacityError, ConfigError
+from . import memory, step_time
+from .gpus import GpuProfile
+from .memory import DeviceMemory, MemorySettings
+from .model_shape import ModelShape
+from .step_time import StepLoad, StepTimes, Streamed
+
+_LARGEST_STEP = 1 << 20  # tokens; a threshold beyond is none
+_LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of ``prompt_tokens`` tokens in and ``output_tokens`` out. An endless queue of them: no tail."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise ConfigError(
+                f"workload is {self.prompt_tokens} tokens in and {self.output_tokens} out; both must be at least 1"
+            )
+
+    @property
+    def context(self) -> int:
+        """Tokens of a finished sequence."""
+        return self.prompt_tokens + self.output_tokens
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """From ``in=2048,out=512``."""
+        try:
+            parts = dict(part.split("=") for part in text.replace(" ", "").split(","))
+            if set(parts) != {"in", "out"}:
+                raise ValueError
+            return cls(int(parts["in"]), int(parts["out"]))
+        except ConfigError:
+            raise
+        except ValueError:
+            raise ConfigError(f"workload {text!r} is not of the form in=2048,out=512") from None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Tokens of a step at which the better mode changes. None: never, up to a million tokens.
+
+    ``cas_below``: CaS is predicted faster in decode steps of fewer sequences (its slots hold ``max_rows``).
+    ``hidden_from_sequences``, ``hidden_from_prompt_tokens``: from here on a decode step, or one of prompts alone, takes
+    longer than the stream.
+    """
+
+    cas_below: int
+    hidden_from_sequences: int | None
+    hidden_from_prompt_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to run ``replicas`` GPUs. ``step_s`` and what follows from it are None where nothing fits.
+
+    ``devices_per_unit``: 1, or a TP group's. ``sequences``: run together by a unit; ``batch``: those in a step, less
+    when a step is bounded. ``times``: both modes (SiDP only). ``tokens_per_s``: output tokens of the whole group.
+    """
+
+    name: str
+    kind: str  # "dp", "tp" or "sidp"
+    num_resident: int | None
+    devices_per_unit: int
+    device: DeviceMemory
+    group_kv_tokens: int
+    batch: float
+    mode: str | None
+    step_s: float | None
+    times: StepTimes | None
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the fastest of these."""
+
+    shape: ModelShape
+    gpu: GpuProfile
+    replicas: int
+    workload: Workload
+    settings: MemorySettings
+    dp: Scheme
+    tp: list[Scheme]
+    residency: list[Scheme]
+    best: Scheme
+    thresholds: Thresholds
+    speedup: float | None  # of best over plain DP; None where one of the two does not fit
+    kv_gain: float | None
+    warnings: list[str]
+
+    @property
+    def sidp(self) -> Scheme:
+        """Nothing resident but norms, embedding and head."""
+        return self.residency[0]
+
+    def rows(self) -> list[Scheme]:
+        """The schemes of the tables: DP, TP, SiDP, and the best residency where it is another."""
+        return [self.dp, *self.tp, self.sidp, *([self.best] if self.best is not self.sidp else [])]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that ``json.dumps`` takes."""
+        return {**asdict(self), "num_params": self.shape.num_params, "best_resident_layers": self.best.num_resident}
+
+
+@dataclass(frozen=True)
+class Planner:
+    """``step_tokens``: the most tokens of a step. ``max_sequences``: the most that a replica runs; None: no bound."""
+
+    shape: ModelShape
+    gpu: GpuProfile
+    replicas: int
+    settings: MemorySettings = field(default_factory=MemorySettings)
+    step_tokens: int = 8192
+    max_sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas < 2:
+            raise ConfigError(f"replicas is {self.replicas}; weights are shared among 2 or more")
+        if self.step_tokens < 1 or (self.max_sequences is not None and self.max_sequences < 1):
+            raise ConfigError(
+                f"step_tokens {self.step_tokens} and max_sequences {self.max_sequences} must be at least 1"
+            )
+
+    def plan(self, workload: Workload) -> Plan:
+        """``CapacityError`` with the bytes that lack when a sequence fits under no scheme."""
+        dp = self._whole(workload, 1)
+        degrees = [1 << bit for bit in range(1, self.replicas.bit_length()) if self._splits(1 << bit)]
+        tp = [self._whole(workload, degree) for degree in degrees]
+        residency = [self._sidp(workload, k) for k in range(self.shape.num_layers)]
+        best = max(residency, key=lambda scheme: (scheme.tokens_per_s or 0.0, -(scheme.num_resident or 0)))
+        if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
+            self._raise_nothing_fits(workload, residency[0].device)
+        return Plan(
+            shape=self.shape,
+            gpu=self.gpu,
+            replicas=self.replicas,
+            workload=workload,
+            settings=self.settings,
+            dp=dp,
+            tp=tp,
+            residency=residency,
+            best=best,
+            thresholds=self.thresholds(workload, best.num_resident or 0),
+            speedup=_ratio(best.tokens_per_s, dp.tokens_per_s),
+            kv_gain=_ratio(residency[0].group_kv_tokens, dp.group_kv_tokens),
+            warnings=self._warnings(workload, dp, tp, best),
+        )
+
+    def thresholds(self, workload: Workload, num_resident: int) -> Thresholds:
+        """Where the modes cross with ``num_resident`` resident layers."""
+        streamed = self._streamed(num_resident)
+
+        def times(decode: bool, tokens: int) -> StepTimes:
+            load = StepLoad(tokens, self._mean_context(workload)) if decode else _prefill(tokens, workload)
+            return step_time.step_times(self.gpu, self.shape, load, streamed, self.replicas)
+
+        def hidden(decode: bool, tokens: int) -> bool:
+            found = times(decode, tokens)
+            return found.was_s > found.copy_s
+
+        def was_wins(tokens: int) -> bool:
+            found = times(True, tokens)
+            return found.was_s <= found.cas_s
+
+        slower = _first(was_wins)
+        beyond = self.settings.max_rows + 1
+        cas_below = beyond if slower is None else min(slower, beyond)
+        return Thresholds(cas_below, _first(partial(hidden, True)), _first(partial(hidden, False)))
+
+    def _splits(self, degree: int) -> bool:
+        """Whether vLLM splits the model so: whole heads, and KV heads either split or repeated evenly."""
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        return self.replicas % degree == heads % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
+
+    def _streamed(self, num_resident: int) -> Streamed:
+        return memory.streamed(memory.place(self.shape, self.replicas, num_resident, self.settings))
+
+    @staticmethod
+    def _mean_context(workload: Workload) -> float:
+        return workload.prompt_tokens + workload.output_tokens / 2
+
+    def _load(self, workload: Workload, sequences: int) -> StepLoad:
+        """The steady mix: while a sequence yields its tokens one a step, another's prompt is worked off meanwhile."""
+        prompt_rows = workload.prompt_tokens / workload.output_tokens
+        batch = min(sequences, self.max_sequences or sequences, self.step_tokens / (1 + prompt_rows))
+        return StepLoad(batch, self._mean_context(workload), batch * prompt_rows, workload.prompt_tokens)
+
+    def _whole(self, workload: Workload, degree: int) -> Scheme:
+        device = memory.plain(self.shape, self.gpu.memory_bytes, workload.context, self.settings, degree)
+        load = self._load(workload, device.sequences)
+        seconds = step_time.tensor_parallel_s(self.gpu, self.shape, load, degree) if device.sequences else None
+        name = (
+            "plain DP"
+            if degree == 1
+            else f"TP{degree}" + (f" x DP{self.replicas // degree}" * (degree < self.replicas))
+        )
+        return self._scheme(name, "dp" if degree == 1 else "tp", None, degree, device, load, None, seconds, None)
+
+    def _sidp(self, workload: Workload, num_resident: int) -> Scheme:
+        placement = memory.place(self.shape, self.replicas, num_resident, self.settings)
+        device = memory.shared(self.shape, self.gpu.memory_bytes, workload.context, self.settings, placement)
+        load = self._load(workload, device.sequences)
+        name = "SiDP" if num_resident == 0 else f"SiDP, {num_resident} resident"
+        if device.sequences == 0:
+            return self._scheme(name, "sidp", num_resident, 1, device, load, None, None, None)
+        times = step_time.step_times(self.gpu, self.shape, load, memory.streamed(placement), self.replicas)
+        cas = times.cas_s < times.was_s and load.rows <= self.settings.max_rows
+        seconds = times.cas_s if cas else times.was_s
+        mode = (_C.Mode.CAS if cas else _C.Mode.WAS).name
+        return self._scheme(name, "sidp", num_resident, 1, device, load, mode, seconds, times)
+
+    def _scheme(
+        self,
+        name: str,
+        kind: str,
+        num_resident: int | None,
+        degree: int,
+        device: DeviceMemory,
+        load: StepLoad,
+        mode: str | None,
+        seconds: float | None,
+        times: StepTimes | None,
+    ) -> Scheme:
+        units = self.replicas // degree
+        rate = None if seconds is None else units * load.decode_rows / seconds
+        kv_tokens = units * device.kv_tokens if device.fits else 0
+        return Scheme(name, kind, num_resident, degree, device, kv_tokens, load.decode_rows, mode, seconds, times, rate)
+
+    def _warnings(self, workload: Workload, dp: Scheme, tp: list[Scheme], best: Scheme) -> list[str]:
+        found = list(self.shape.notes)
+        if best.tokens_per_s is None:
+            found.append(f"SiDP does not fit a sequence of {workload.context} tokens; another scheme does")
+        elif dp.tokens_per_s is not None and best.tokens_per_s <= dp.tokens_per_s:
+            loss = 1 - best.tokens_per_s / dp.tokens_per_s
+            found.append(
+                f"SiDP loses {loss:.1%} to plain DP even with {best.num_resident} of {self.shape.num_layers} layers "
+                f"resident: {best.tokens_per_s:.0f} against {dp.tokens_per_s:.0f} tokens/s. Run plain DP"
+            )
+        for scheme in tp:
+            if best.tokens_per_s and scheme.tokens_per_s and scheme.tokens_per_s > best.tokens_per_s:
+                found.append(
+                    f"{scheme.name} is predicted {scheme.tokens_per_s / best.tokens_per_s - 1:.1%} faster than SiDP "
+                    f"({scheme.tokens_per_s:.0f} tokens/s), by a bound that is kind to TP"
+                )
+        if best.mode == _C.Mode.CAS.name and best.times is not None:
+            found.append(
+                f"the best residency runs in CaS mode: {best.times.cas_s * 1e3:.1f} ms a step if the replicas follow "
+                f"each other through the owners, {best.times.cas_lockstep_s * 1e3:.1f} ms in lockstep; only the latter "
+                "was measured (--cas-rows 0 plans without CaS)"
+            )
+        if self.gpu.origin != "measured":
+            found.append(f"{self.gpu.name}: no measurement; rates are a datasheet's, scaled (docs/model.md)")
+        sampled = int(best.batch * (1 + 1 / workload.output_tokens)) + 1
+        needed = memory.activation_bytes(self.shape, self.step_tokens, sampled)
+        if needed > self.settings.workspace_bytes:
+            found.append(
+                f"activations of a step need about {needed / 2**30:.1f} GiB, the workspace is "
+                f"{self.settings.workspace_bytes / 2**30:.1f} GiB: raise it or lower step_tokens"
+            )
+        if self.shape.model_type not in _LOADED_MODEL_TYPES:
+            found.append(
+                f"model type {self.shape.model_type!r} is planned, but the transformers integration loads only "
+                f"{', '.join(_LOADED_MODEL_TYPES)}"
+            )
+        return found
+
+    def _raise_nothing_fits(self, workload: Workload, device: DeviceMemory) -> None:
+        kv = memory.KvCache(self.shape, workload.context, self.settings.block_tokens).sequence_bytes(workload.context)
+        room = device.items["KV cache"] + device.items["unused"]
+        lacking = kv - room + device.shortfall_bytes
+        raise CapacityError(
+            f"{self.shape.name} on {self.replicas} x {self.gpu.name}: no scheme has room for one sequence of "
+            f"{workload.context} tokens ({kv / 2**30:.2f} GiB of KV); SiDP lacks {lacking / 2**30:.2f} GiB a device. "
+            "Take more replicas, shorter sequences, or a smaller model",
+            num_bytes=lacking,
+        )
+
+
+def _prefill(tokens: int, workload: Workload) -> StepLoad:
+    return StepLoad(0, 0, tokens, workload.prompt_tokens)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def _first(holds: Callable[[int], bool]) -> int | None:
+    """Fewest tokens from which on it holds; it holds for all above the first."""
+    if not holds(_LARGEST_STEP):
+        return None
+    low, high = 1, _LARGEST_STEP
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,127 @@
+"""Predicted time of a step: the formulas of ``include/sidp/mode_policy.hpp`` with attention, head and what the stream's
+bytes cost the work beside them. ``docs/model.md`` derives them and says what they leave out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gpus import GpuProfile
+from .model_shape import ModelShape
+
+#: ``remote_compute`` calls a layer: qkv, output projection, MLP.
+OPS_PER_LAYER = 3
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """Rows of one step of a replica. Means over many steps, so not whole numbers.
+
+    ``decode_rows``: sequences that get one token; ``context``: tokens that each of them attends to.
+    ``prefill_rows``: prompt tokens, of prompts of ``prompt_tokens``.
+    """
+
+    decode_rows: float
+    context: float = 0.0
+    prefill_rows: float = 0.0
+    prompt_tokens: float = 1.0
+
+    @property
+    def rows(self) -> float:
+        return self.decode_rows + self.prefill_rows
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a rank does not hold: the layers to be copied or asked for in each step."""
+
+    num_layers: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a step. ``local_s``: with all weights here; ``copy_s``: the streamed layers on the link.
+
+    ``cas_s``: replicas follow each other through the owners; ``cas_lockstep_s``: all in the same layer at once.
+    """
+
+    local_s: float
+    copy_s: float
+    was_s: float
+    cas_s: float
+    cas_lockstep_s: float
+
+
+def attention_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad) -> float:
+    """Decoded rows read their KV from memory; prompt rows are bound by arithmetic (half of the square is masked)."""
+    read_s = load.decode_rows * shape.kv_read_bytes(load.context) / gpu.rates.memory_bytes_per_s
+    attended = sum(
+        load.prompt_tokens / 2 if w is None else min(load.prompt_tokens / 2, float(w)) for w in shape.windows
+    )
+    flops = load.prefill_rows * 4.0 * shape.num_heads * shape.head_dim * attended
+    return read_s + flops / gpu.rates.flops_per_s
+
+
+def head_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad) -> float:
+    """Only rows that yield a token go through the head: every decoded one and the last of each prompt."""
+    sampled = load.decode_rows + load.prefill_rows / load.prompt_tokens
+    return gpu.linears_s(shape.embedding_params * shape.element_bytes, sampled, shape.element_bytes)
+
+
+def local_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad) -> float:
+    """A step of plain DP."""
+    linears = gpu.linears_s(shape.linear_bytes, load.rows, shape.element_bytes)
+    return linears + attention_s(gpu, shape, load) + head_s(gpu, shape, load)
+
+
+def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Streamed, world_size: int) -> StepTimes:
+    """Both modes. WaS: the longer of the stream, and the work with the stream's bytes written to memory beside it.
+
+    CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
+    for itself; round trips and the rows' bytes come on top.
+    """
+    local = local_s(gpu, shape, load)
+    copy = streamed.num_bytes / gpu.rates.copy_bytes_per_s
+    beside = streamed.num_bytes / gpu.rates.memory_bytes_per_s
+    trips = streamed.num_layers * OPS_PER_LAYER * gpu.rates.round_trip_us * 1e-6
+    row_bytes = streamed.num_layers * load.rows * shape.row_bytes
+    return StepTimes(
+        local_s=local,
+        copy_s=copy,
+        was_s=max(local + beside, copy),
+        cas_s=local + trips + row_bytes / gpu.rates.copy_bytes_per_s,
+        cas_lockstep_s=lockstep_cas_s(gpu, shape, load, streamed, world_size),
+    )
+
+
+def lockstep_cas_s(
+    gpu: GpuProfile,
+    shape: ModelShape,
+    load: StepLoad,
+    streamed: Streamed,
+    world_size: int,
+    *,
+    ops_per_layer: int = OPS_PER_LAYER,
+    row_bytes: int | None = None,
+) -> float:
+    """CaS with all replicas in the same layer: its owner computes the rows of all, the others idle.
+
+    ``row_bytes``: of a row of a layer, there and back; None: of the three ops that the transformers integration has.
+    """
+    share = world_size / (world_size - 1)  # some replica waits for an owner in every pooled layer
+    pooled = min(streamed.num_bytes * share, float(shape.linear_bytes))
+    linears = gpu.linears_s(pooled, load.rows * world_size, shape.element_bytes)
+    linears += gpu.linears_s(shape.linear_bytes - pooled, load.rows, shape.element_bytes)
+    moved = load.rows * (shape.row_bytes if row_bytes is None else row_bytes) / gpu.rates.copy_bytes_per_s
+    trips = streamed.num_layers * share * (ops_per_layer * gpu.rates.round_trip_us * 1e-6 + moved)
+    return linears + attention_s(gpu, shape, load) + head_s(gpu, shape, load) + trips
+
+
+def tensor_parallel_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad, degree: int) -> float:
+    """Work split ``degree`` ways and two all-reduces a layer by rings, each at the latency of one round trip."""
+    if degree == 1:
+        return local_s(gpu, shape, load)
+    reduced = 2 * (degree - 1) / degree * load.rows * shape.hidden * shape.element_bytes
+    one = gpu.rates.round_trip_us * 1e-6 + reduced / gpu.rates.copy_bytes_per_s
+    return local_s(gpu, shape, load) / degree + 2 * shape.num_layers * one

@@ -1,0 +1,298 @@
+"""Step times against measurements and the mode policy, the choice of residency, thresholds, and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.model_configs import RELEASED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sidp_runtime import _C, cli
+from sidp_runtime.errors import CapacityError, ConfigError
+from sidp_runtime.planner import (
+    GpuProfile,
+    LinearTimes,
+    MemorySettings,
+    ModelShape,
+    Plan,
+    Planner,
+    StepLoad,
+    Streamed,
+    Workload,
+    bundled_gpus,
+    step_time,
+)
+
+H200 = GpuProfile.read("H200")
+QWEN = ModelShape.read("Qwen/Qwen3-32B")
+# What was measured: 16 layers, half of them owned by each of two H200, linears alone.
+LINEARS = replace(QWEN, num_layers=16, windows=(None,) * 16, vocab=1)
+HALF = Streamed(8, 8 * 975_175_680)
+# rows: (plain DP, WaS refilled across steps or, below 512 rows, with a two-slot ring, CaS in lockstep), ms
+MEASURED = {
+    1: (4.25, 22.3, 4.59),
+    32: (4.41, 22.4, 5.55),
+    64: (5.12, 21.7, 6.84),
+    128: (6.33, 21.5, 7.97),
+    256: (8.04, 21.3, 13.6),
+    512: (14.1, 20.48, 25.7),
+    768: (20.6, 22.5, None),
+    1024: (27.3, 28.9, 50.7),
+    1536: (40.5, 42.1, None),
+    2048: (53.5, 55.6, 100.4),
+}
+
+
+def within(predicted_s: float, measured_ms: float | None, share: float) -> bool:
+    return measured_ms is None or abs(predicted_s * 1e3 / measured_ms - 1) <= share
+
+
+@pytest.mark.parametrize("rows", MEASURED)
+def test_plain_dp_and_was_are_within_a_tenth_of_what_was_measured(rows: int) -> None:
+    local_ms, was_ms, _ = MEASURED[rows]
+    times = step_time.step_times(H200, LINEARS, StepLoad(rows), HALF, 2)
+    assert within(times.local_s, local_ms, 0.10)
+    assert within(times.was_s, was_ms, 0.10)
+
+
+@pytest.mark.parametrize("rows", MEASURED)
+def test_lockstep_cas_is_within_a_tenth_of_what_was_measured(rows: int) -> None:
+    """The prototype was in lockstep. What the plan predicts, CaS that pipelines, was not measured: it is faster."""
+    load = StepLoad(rows)  # one op a layer: a row of 5120 bfloat16 there and back
+    predicted = step_time.lockstep_cas_s(H200, LINEARS, load, HALF, 2, ops_per_layer=1, row_bytes=4 * 5120)
+    assert within(predicted, MEASURED[rows][2], 0.10)
+    if rows >= 256:
+        assert step_time.step_times(H200, LINEARS, StepLoad(rows), HALF, 2).cas_s < 0.75 * predicted
+
+
+def test_between_measured_rows_the_curve_is_good_to_an_eighth() -> None:
+    """Each inner point predicted from its neighbours alone: how far off a size is that nobody measured."""
+    assert H200.linear_times is not None
+    times, errors = H200.linear_times, {}
+    for i in range(1, len(times.rows) - 1):
+        keep = [j for j in range(len(times.rows)) if j != i]
+        fewer = LinearTimes(times.num_bytes, *(tuple(v[j] for j in keep) for v in (times.rows, times.seconds)))  # type: ignore[arg-type]
+        errors[times.rows[i]] = fewer.seconds_at(times.rows[i]) / times.seconds[i] - 1
+    assert max(errors, key=lambda rows: abs(errors[rows])) == 256
+    assert max(map(abs, errors.values())) == pytest.approx(0.11, abs=0.005)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["H100", "H20", "B200"]), st.integers(1, 20_000), st.integers(1, 64))
+def test_without_measurements_the_formulas_are_the_mode_policys(gpu: str, rows: int, count: int) -> None:
+    profile, part = GpuProfile.read(gpu), Streamed(count, count * 975_175_680)
+    shape = replace(QWEN, vocab=1)
+    core = _C.StepShape(
+        total_bytes=shape.linear_bytes,
+        streamed_bytes=part.num_bytes,
+        streamed_layers=count,
+        ops_per_layer=step_time.OPS_PER_LAYER,
+        row_bytes=shape.row_bytes,
+        element_bytes=2,
+    )
+    times = step_time.step_times(profile, shape, StepLoad(rows), part, 8)
+    head = step_time.head_s(profile, shape, StepLoad(rows))
+    was, cas = (_C.predict_step_ms(mode, rows, profile.rates.core(), core) for mode in (_C.Mode.WAS, _C.Mode.CAS))
+    beside = part.num_bytes / profile.rates.memory_bytes_per_s  # the policy's formula leaves this out
+    assert was <= times.was_s * 1e3 <= was + (beside + head) * 1e3 + 1e-9
+    if times.was_s > times.copy_s:
+        assert times.was_s == pytest.approx(times.local_s + beside)
+    assert (times.cas_s - head) * 1e3 == pytest.approx(cas)
+
+
+@given(st.sampled_from(bundled_gpus()), st.floats(1, 1e5), st.floats(0, 1e4))
+def test_more_rows_never_take_less_time(gpu: str, rows: float, more: float) -> None:
+    profile = GpuProfile.read(gpu)
+    assert profile.linears_s(1e9, rows + more) >= profile.linears_s(1e9, rows) * (1 - 1e-12)
+
+
+def test_attention_by_hand() -> None:
+    decode = step_time.attention_s(H200, QWEN, StepLoad(10, context=1000))
+    assert decode == pytest.approx(10 * 1000 * 262_144 / 4.3e12)
+    prompt = step_time.attention_s(H200, QWEN, StepLoad(0, 0, 512, 512))
+    assert prompt == pytest.approx(64 * 4 * 8192 * 512 * 256 / 597e12)
+    windowed = replace(QWEN, windows=(100,) * 64)
+    assert step_time.attention_s(H200, windowed, StepLoad(10, context=1000)) == pytest.approx(decode / 10)
+    assert step_time.tensor_parallel_s(H200, QWEN, StepLoad(10), 1) == step_time.local_s(H200, QWEN, StepLoad(10))
+
+
+def qwen_plan(**changes: Any) -> Plan:
+    return Planner(QWEN, H200, 8, **changes).plan(Workload(2048, 512))
+
+
+def test_the_best_residency_is_the_fastest_and_lies_between() -> None:
+    shape, gpu = ModelShape.read("Qwen/Qwen2.5-72B"), GpuProfile.read("B200")
+    plan = Planner(shape, gpu, 8, MemorySettings(max_rows=0)).plan(Workload(2048, 512))
+    rates = [scheme.tokens_per_s or 0.0 for scheme in plan.residency]
+    assert plan.best.num_resident == rates.index(max(rates))
+    assert 0 < (plan.best.num_resident or 0) < 79
+    assert {scheme.mode for scheme in plan.residency if scheme.tokens_per_s} == {"WAS"}
+    assert qwen_plan().kv_gain == pytest.approx(1.78, abs=0.005)
+    assert plan.speedup == pytest.approx(max(rates) / (plan.dp.tokens_per_s or 0))
+    assert plan.speedup > 1.2
+    assert [scheme.name for scheme in qwen_plan().rows()][:5] == ["plain DP", "TP2 x DP4", "TP4 x DP2", "TP8", "SiDP"]
+
+
+def test_throughput_is_batch_over_step() -> None:
+    plan = qwen_plan()
+    for scheme in plan.rows():
+        assert scheme.step_s is not None
+        units = 8 // scheme.devices_per_unit
+        assert scheme.tokens_per_s == pytest.approx(units * scheme.batch / scheme.step_s)
+        assert scheme.batch <= scheme.device.sequences
+    times = plan.sidp.times
+    assert times is not None
+    assert plan.sidp.mode == "WAS"  # 870 rows are beyond a CaS slot of 512, though CaS is predicted faster
+    assert times.cas_s < times.was_s == plan.sidp.step_s
+
+
+def test_bounds_of_the_engine_bound_the_batch() -> None:
+    assert qwen_plan(max_sequences=10).sidp.batch == 10
+    assert qwen_plan(step_tokens=100).sidp.batch == pytest.approx(20)  # each decoded token has 4 of a prompt beside it
+    assert qwen_plan(max_sequences=10).sidp.mode == "CAS"
+
+
+@pytest.mark.parametrize("resident", [0, 20, 63])
+def test_thresholds_are_where_the_predictions_cross(resident: int) -> None:
+    planner, work = Planner(QWEN, H200, 8, MemorySettings(max_rows=4096)), Workload(2048, 512)
+    found, part = planner.thresholds(work, resident), planner._streamed(resident)
+
+    def times(load: StepLoad) -> step_time.StepTimes:
+        return step_time.step_times(H200, QWEN, load, part, 8)
+
+    assert replace(planner, settings=MemorySettings(max_rows=64)).thresholds(work, resident).cas_below == 65
+    assert found.hidden_from_sequences is not None
+    assert found.hidden_from_prompt_tokens is not None
+    for tokens, holds in ((found.cas_below, True), (found.cas_below - 1, False)):
+        load = StepLoad(tokens, 2304)
+        assert (times(load).was_s <= times(load).cas_s) is holds
+    for tokens, load, holds in (
+        (found.hidden_from_sequences, StepLoad(found.hidden_from_sequences, 2304), True),
+        (found.hidden_from_sequences - 1, StepLoad(found.hidden_from_sequences - 1, 2304), False),
+        (found.hidden_from_prompt_tokens, StepLoad(0, 0, found.hidden_from_prompt_tokens, 2048), True),
+        (found.hidden_from_prompt_tokens - 1, StepLoad(0, 0, found.hidden_from_prompt_tokens - 1, 2048), False),
+    ):
+        if tokens:
+            assert (times(load).was_s > times(load).copy_s) is holds
+    less = [planner.thresholds(work, k).hidden_from_sequences or 0 for k in (0, 20, 40, 63)]
+    assert all(a >= b for a, b in pairwise(less))
+
+
+def test_where_sidp_loses_the_plan_says_by_how_much() -> None:
+    shape = ModelShape.read("meta-llama/Llama-3.1-8B")  # 15 GiB of 140: sharing them frees little and costs a stream
+    plan = Planner(shape, H200, 8, max_sequences=64).plan(Workload(2048, 512))
+    assert plan.speedup is not None
+    assert plan.speedup < 1
+    loss = f"SiDP loses {1 - plan.speedup:.1%} to plain DP"
+    assert any(warning.startswith(loss) for warning in plan.warnings)
+
+
+def test_what_fits_nowhere_is_refused_with_the_bytes_that_lack() -> None:
+    with pytest.raises(CapacityError, match=r"SiDP lacks \d+\.\d\d GiB a device") as caught:
+        Planner(ModelShape.read("Qwen/Qwen2.5-72B"), GpuProfile.read("H100"), 2).plan(Workload(2048, 512))
+    lacking = caught.value.num_bytes
+    assert lacking
+    enough = replace(
+        GpuProfile.read("H100"), memory_bytes=GpuProfile.read("H100").memory_bytes + int(lacking / 0.9) + 1
+    )
+    plan = Planner(ModelShape.read("Qwen/Qwen2.5-72B"), enough, 2).plan(Workload(2048, 512))
+    assert plan.sidp.device.sequences >= 1
+
+
+def test_a_plan_where_only_sidp_and_tp_fit() -> None:
+    plan = Planner(ModelShape.read("meta-llama/Llama-3.1-70B"), GpuProfile.read("H20"), 4).plan(Workload(128, 2048))
+    assert (plan.dp.tokens_per_s, plan.speedup, plan.kv_gain) == (None, None, None)
+    assert plan.dp.device.shortfall_bytes > 0
+    assert plan.sidp.tokens_per_s
+    assert any("datasheet" in warning for warning in plan.warnings)
+
+
+def test_only_whole_heads_are_split() -> None:
+    shape = ModelShape.from_config(RELEASED["Qwen2.5-7B"][0])  # 28 heads, 4 KV heads
+    assert [s.devices_per_unit for s in Planner(shape, H200, 8).plan(Workload(100, 100)).tp] == [2, 4]
+
+
+def test_a_workspace_below_the_activations_is_named() -> None:
+    plan = qwen_plan(settings=MemorySettings(workspace_bytes=1 << 28))
+    assert any("activations of a step need about 1." in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("text", ["", "in=1", "in=1,out=x", "in=1,out=2,more=3", "in=0,out=1", "in=1;out=2"])
+def test_a_workload_is_read_strictly(text: str) -> None:
+    with pytest.raises(ConfigError, match="workload"):
+        Workload.parse(text)
+
+
+def test_a_planner_needs_two_replicas() -> None:
+    with pytest.raises(ConfigError, match="2 or more"):
+        Planner(QWEN, H200, 1)
+
+
+COMMAND = ["plan", "--model", "Qwen/Qwen3-32B", "--gpu", "h200", "--replicas", "8", "--workload", "in=2048,out=512"]
+
+
+def test_the_command_prints_tables() -> None:
+    result = CliRunner(env={"COLUMNS": "150"}).invoke(cli.app, COMMAND)
+    assert result.exit_code == 0, result.output
+    for words in (
+        "32.76 B parameters",
+        "KV cache",
+        "TP2 x DP4",
+        "KV of SiDP: 1.78 x plain DP",
+        f"{qwen_plan().best.num_resident} of 64 layers",
+    ):
+        assert words in result.output
+
+
+def test_the_command_prints_json_that_adds_up() -> None:
+    result = CliRunner().invoke(cli.app, [*COMMAND, "--json", "--utilization", "0.8", "--ring-slots", "3"])
+    found = json.loads(result.output)
+    assert found["settings"]["ring_slots"] == 3
+    device = found["residency"][0]["device"]
+    assert sum(device["items"].values()) == device["device_bytes"]
+    assert found["best_resident_layers"] == found["best"]["num_resident"]
+    assert len(found["residency"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--model", "nothing"], "bundled shapes"),
+        (["--gpu", "H300"], "one of H200"),
+        (["--replicas", "1"], "2 or more"),
+        (["--workload", "many"], "in=2048,out=512"),
+        (["--utilization", "2"], "utilization is 2.0"),
+        (["--workspace-gib", "nan"], "workspace is nan"),
+        (["--dtype", "float8"], "float8"),
+    ],
+)
+def test_the_command_says_in_a_line_what_is_wrong(change: list[str], words: str) -> None:
+    result = CliRunner().invoke(cli.app, [*COMMAND, *change])
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(cli.app, [*COMMAND, "--plot", str(tmp_path / "plan.png")])
+    assert result.exit_code == 1
+    assert "pip install 'sidp_runtime[plot]'" in result.stderr
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    assert CliRunner().invoke(cli.app, [*COMMAND, "--plot", str(path)]).exit_code == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    result = CliRunner().invoke(cli.app, [*COMMAND, "--plot", str(tmp_path / "absent" / "plan.png")])
+    assert result.exit_code == 1
+    assert "cannot write the plot" in result.stderr
