@@ -1,0 +1,76 @@
+"""Two machines that were measured, as configurations. Every number is an input; none comes from a step with copies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from ..errors import ConfigError
+from .config import SimulationConfig
+
+# H200 pair: 16 layers of Qwen3-32B's shape in bf16, without attention.
+H200_LAYER_BYTES = 2 * (8192 * 5120 + 3 * 5120 * 25600 + 5120 * 10240)
+# Step of 16 layers with all weights local, ms by rows.
+H200_LOCAL_STEP_MS = {1: 4.25, 32: 4.41, 64: 5.12, 128: 6.33, 256: 8.04, 512: 14.1, 768: 20.6, 1024: 27.3,
+                      1536: 40.5, 2048: 53.5}  # fmt: skip
+# One matrix product beside a saturated copy engine over the same product alone, by rows.
+H200_SLOWDOWN = ((64, 1.16), (256, 1.05), (1024, 1.09), (2048, 0.99))
+H200_LINK_GBPS = 373.0  # copy engine, both directions at once, 1 GiB
+H200_COPY_LATENCY_US = 3.0  # 1 MiB at 180 GB/s took that much longer than at the rate of 1 GiB
+
+# H20 x 8 of bytedance-iaas/sglang, benchmark/kernels/sidp: 48 equal layers, one of 8 local, a matrix product each.
+H20_LAYER_BYTES = 353_894_400
+H20_PRODUCT_MS = 375.62 / 48  # at 32768 rows, no copies
+H20_PRODUCT_ROWS = 32768
+
+
+def h200_slowdown(rows: int) -> float:
+    """Measured at four row counts, linear between, constant beyond."""
+    points = H200_SLOWDOWN
+    if rows <= points[0][0]:
+        return points[0][1]
+    for (low, left), (high, right) in pairwise(points):
+        if rows <= high:
+            return left + (right - left) * (rows - low) / (high - low)
+    return points[-1][1]
+
+
+def h200_pair(rows: int, **changes: Any) -> SimulationConfig:
+    """Two H200 in phase, both directions of the link in use, for one of the measured row counts.
+
+    Fields of SimulationConfig in ``changes`` replace those given here.
+    """
+    if rows not in H200_LOCAL_STEP_MS:
+        raise ConfigError(f"{rows} rows were not measured; take one of {', '.join(map(str, H200_LOCAL_STEP_MS))}")
+    config = SimulationConfig(
+        world_size=2,
+        layer_bytes=(H200_LAYER_BYTES,) * 16,
+        layer_ms=H200_LOCAL_STEP_MS[rows] / 16,
+        rows=rows,
+        link_gbps=H200_LINK_GBPS,
+        copy_latency_us=H200_COPY_LATENCY_US,
+        overlap_slowdown=h200_slowdown(rows),
+        num_steps=6,
+    )
+    return replace(config, **changes)
+
+
+def h20_eight(stagger_ms: float, rows: int = 4096, **changes: Any) -> SimulationConfig:
+    """Eight H20, one forward of 6 cycles of 8 layers, rank ``r`` starting ``r * stagger_ms`` late.
+
+    The ring holds two cycles of 7 layers; the first is there at the start and refilled at the end. The link's rate is
+    the H200's, which has the same 18 NVLink lanes: none was published for the H20.
+    """
+    config = SimulationConfig(
+        world_size=8,
+        layer_bytes=(H20_LAYER_BYTES,) * 48,
+        layer_ms=H20_PRODUCT_MS * rows / H20_PRODUCT_ROWS,
+        rows=rows,
+        link_gbps=H200_LINK_GBPS,
+        copy_latency_us=H200_COPY_LATENCY_US,
+        ring_slots=14,
+        warm_slots=7,
+        start_ms=tuple(rank * stagger_ms for rank in range(8)),
+    )
+    return replace(config, **changes)
