@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpp test-python lint stubs check-stubs install clean
+.PHONY: demo test test-cpp test-python build-cpp build-asan build-tsan gtest lint stubs check-stubs install clean
 
 # --- Set-up. Each stamp says that a step is done for the files it depends on.
 # $(call need,<test command>,<Debian package>): installs the package when the test fails
@@ -71,23 +71,35 @@ demo: $(VENV)/.installed
 	  out/demo-was.jsonl out/demo-cas.jsonl
 
 # --- Tests
-test: test-cpp test-python
+# The builds two at a time, as each waits for its slowest file; the tests one suite after the other, as they watch the clock.
+test:
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.installed build-cpp build-asan build-tsan
+	@$(MAKE) --no-print-directory test-cpp test-python
 
-test-cpp: $(VENV)/.build-tools
+test-cpp: build-cpp build-asan build-tsan
+	@$(call ctest,cpp)
+	@$(call ctest,asan)
+	@$(call ctest,tsan,$(NO_ASLR))
+
+gtest: | $(VENV)/.made
 	@$(call need,test -n "$${GTest_ROOT:-}" || echo | c++ -E -x c++ -include gtest/gtest.h -,libgtest-dev)
-	@$(call ctest,build/cpp,,)
-	@$(call ctest,build-asan,address;undefined,)
-	@$(call ctest,build-tsan,thread,$(NO_ASLR))
+build-cpp: $(VENV)/.build-tools gtest
+	@$(call cpp_build,cpp,,AUTO)
+build-asan: $(VENV)/.build-tools gtest
+	@$(call cpp_build,asan,address;undefined,OFF)
+build-tsan: $(VENV)/.build-tools gtest
+	@$(call cpp_build,tsan,thread,OFF)
 
 # Early ThreadSanitizers cannot map their shadow under a strongly randomised address space
 NO_ASLR = $$(setarch -R true 2>/dev/null && echo setarch -R)
-# $(call ctest,<build folder>,<sanitizers>,<wrapper>)
-ctest = echo "== C++ tests in $(1) $(2)"; mkdir -p build; log=build/$(notdir $(1)).log; \
-  cmake -S . -B $(1) -G Ninja -DSIDP_BUILD_BINDINGS=OFF -DSIDP_BUILD_TESTS=ON "-DSIDP_SANITIZE=$(2)" \
-    -DSIDP_WITH_CUDA=$(if $(2),OFF,AUTO) \
-    -DPython_EXECUTABLE=$(abspath $(BIN))/python >$$log 2>&1 || { cat $$log; exit 1; }; \
-  cmake --build $(1) --target sidp_cpp_tests >>$$log 2>&1 || { tail -n 60 $$log; exit 1; }; \
-  $(3) ctest --test-dir $(1) --output-on-failure --no-tests=error -j 2 --timeout 240
+# $(call cpp_build,<build/ folder>,<sanitizers>,<SIDP_WITH_CUDA>)
+cpp_build = echo "== C++ build build/$(1) $(2)"; mkdir -p build; log=build/$(1).log; \
+  cmake -S . -B build/$(1) -G Ninja -DSIDP_BUILD_BINDINGS=OFF -DSIDP_BUILD_TESTS=ON "-DSIDP_SANITIZE=$(2)" \
+    -DSIDP_WITH_CUDA=$(3) -DPython_EXECUTABLE=$(abspath $(BIN))/python >$$log 2>&1 || { cat $$log; exit 1; }; \
+  cmake --build build/$(1) --target sidp_cpp_tests >>$$log 2>&1 || { tail -n 60 $$log; exit 1; }
+# $(call ctest,<build/ folder>,<wrapper>)
+ctest = echo "== C++ tests in build/$(1)"; \
+  $(2) ctest --test-dir build/$(1) --output-on-failure --no-tests=error -j 2 --timeout 240
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
@@ -114,5 +126,5 @@ check-stubs: $(VENV)/.installed $(VENV)/.linters
 	  { echo "sidp_runtime/_C.pyi is not what the module says: run make stubs" >&2; exit 1; }
 
 clean:
-	rm -rf build build-asan build-tsan out $(VENV) *.egg-info sidp_runtime/_C*.so
+	rm -rf build out $(VENV) *.egg-info sidp_runtime/_C*.so
 	find sidp_runtime bench tests -name __pycache__ -prune -exec rm -rf {} +

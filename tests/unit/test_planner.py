@@ -289,7 +289,6 @@ def test_a_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"
     assert CliRunner().invoke(cli.app, [*COMMAND, "--plot", str(path)]).exit_code == 0
     assert path.read_bytes().startswith(b"\x89PNG")

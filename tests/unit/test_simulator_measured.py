@@ -1,4 +1,4 @@
-"""Steps that were measured, against what the simulator predicts from inputs measured apart (simulator/README.md)."""
+"""Steps that were measured, against what the simulator predicts from inputs measured apart (docs/simulator.md)."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ struct State {
   std::map<CUdeviceptr, std::size_t> memory;
   std::size_t total = std::size_t{80} << 30, used = 0;
   std::uintptr_t next_stream = 0x1000;
-  bool fail_graph_launch = false;
+  std::atomic<bool> fail_graph_launch = false;
 };
 
 State& state() {
@@ -78,7 +78,9 @@ State& state() {
   return *s;
 }
 
-thread_local std::vector<CUcontext> contexts;
+// A thread's stack of contexts is its height here, as there is but one. Static storage: memory that a library's
+// thread-local objects take dynamically is freed where ThreadSanitizer cannot see it.
+__attribute__((tls_model("initial-exec"))) thread_local int pushed = 0;
 const CUcontext kContext = reinterpret_cast<CUcontext>(0x10);
 
 std::shared_ptr<Stream> find(CUstream handle) {
@@ -88,7 +90,7 @@ std::shared_ptr<Stream> find(CUstream handle) {
 }
 
 CUresult enqueue(CUstream handle, Work work) {
-  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
   const auto stream = find(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   const std::lock_guard lock(stream->mutex);
@@ -191,14 +193,14 @@ EMULATED CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
-EMULATED CUresult cuCtxPushCurrent(CUcontext context) {
-  contexts.push_back(context);
+EMULATED CUresult cuCtxPushCurrent(CUcontext) {
+  ++pushed;
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuCtxPopCurrent(CUcontext* context) {
-  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
-  *context = contexts.back();
-  contexts.pop_back();
+  if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
+  --pushed;
+  *context = kContext;
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuCtxGetStreamPriorityRange(int* lowest, int* highest) {
@@ -210,11 +212,11 @@ EMULATED CUresult cuCtxGetStreamPriorityRange(int* lowest, int* highest) {
 EMULATED CUresult cuMemGetInfo(std::size_t* free, std::size_t* total) {
   const std::lock_guard lock(state().mutex);
   *total = state().total, *free = state().total - state().used;
-  return contexts.empty() ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
+  return pushed == 0 ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
 }
 EMULATED CUresult cuMemAlloc(CUdeviceptr* memory, std::size_t bytes) {
   const std::lock_guard lock(state().mutex);
-  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
   if (bytes > state().total - state().used) return CUDA_ERROR_OUT_OF_MEMORY;
   *memory = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
   state().used += state().memory[*memory] = bytes;
@@ -257,7 +259,7 @@ EMULATED CUresult cuStreamCreateWithPriority(CUstream* handle, unsigned, int) {
   *handle = reinterpret_cast<CUstream>(state().next_stream += 0x10);
   state().streams[*handle] = stream;
   std::thread([stream] {
-    contexts.push_back(kContext);
+    pushed = 1;
     stream->run();
   }).detach();
   return CUDA_SUCCESS;
