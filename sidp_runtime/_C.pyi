@@ -330,6 +330,10 @@ class Runtime:
         """
         Throws if a stream-ordered request was not answered.
         """
+    def check_launch(self) -> None:
+        """
+        Raises unless a graph may be launched now, in a replay step.
+        """
     def close(self) -> None: ...
     def end_step(self, broken_off: bool) -> None: ...
     def fetch_layer(
@@ -340,7 +344,7 @@ class Runtime:
         """
     def launched(self) -> None:
         """
-        The graph of a replay step has been launched; call at once.
+        It has been launched; call at once.
         """
     def release_layer(
         self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
@@ -356,9 +360,9 @@ class Runtime:
         """
         y = op(layer, x); x and y are row-major tensors on the pool's device that support DLPack.
         """
-    def start(self) -> None:
+    def start(self, failure: str = "") -> None:
         """
-        Collective after deferred_start: begins to answer the other ranks.
+        Collective after deferred_start: begins to answer the other ranks. failure: why this one cannot; all raise.
         """
     def stats(self) -> dict[str, typing.Any]: ...
 

@@ -64,7 +64,8 @@ def capture_ops(
     rank, world_size, placement = pool.group.rank, pool.group.world_size, pool.placement
     captured: list[torch.cuda.CUDAGraph] = []
     with torch.cuda.device(pool.group.device), torch.no_grad():
-        # cuBLAS keeps one workspace a stream, and torch hands its own streams out to anybody
+        # cuBLAS keeps one workspace a stream. That of the service's stream is made inside the captures, so it lies in
+        # their memory pool, and no stream that torch hands out shares it.
         stream = torch.cuda.ExternalStream(_C.service_stream(core))  # type: ignore[no-untyped-call]
         memory = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
@@ -99,9 +100,9 @@ def _capture(
     x = from_dlpack(view).view(_torch.dtype_of(op.dtype)).view(rows, op.in_features)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     try:
+        op.function(weights, x)  # libraries set themselves up at the first call, which a capture forbids
+        torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            op.function(weights, x)  # libraries set themselves up at the first call, which a capture forbids
-            stream.synchronize()
             graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
                 y = op.function(weights, x)

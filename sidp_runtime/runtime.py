@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _C, _torch
 from ._C import Mode, StepKind
-from .errors import ClosedError, ConfigError, UnknownNameError
+from .errors import ClosedError, ConfigError, SidpError, UnknownNameError
 from .manifest import DTYPE_BYTES
 from .ops import Op, OpProgram
 from .policy import ModePolicy
@@ -40,10 +41,11 @@ class Step:
 
     def replay(self, graph: Replayable) -> None:
         """Launches, once, a graph that was captured in ``mode``; for steps of ``replay_step`` only."""
+        core = self._runtime._core
+        core.check_launch()
         with _torch.on_stream(self._stream, self._runtime._device):
             graph.replay()
-        # before anything else can wait for the graph: its own waits need the copies that this queues
-        self._runtime._core.launched()
+        core.launched()  # before anything can wait for the graph: its own waits need the copies that this queues
 
     @property
     def mode(self) -> Mode:
@@ -141,9 +143,14 @@ class Runtime:
             from . import _torch_gpu
 
             try:
-                self._graphs = _torch_gpu.capture_ops(
-                    pool, self._core, list(zip(ops, self._kernels, strict=True)), buckets
-                )
+                try:
+                    self._graphs = _torch_gpu.capture_ops(
+                        pool, self._core, list(zip(ops, self._kernels, strict=True)), buckets
+                    )
+                except Exception as error:
+                    with contextlib.suppress(SidpError):  # the others need not wait for this rank
+                        self._core.start(failure=str(error))
+                    raise
                 self._core.start()
             except BaseException:
                 self.close()

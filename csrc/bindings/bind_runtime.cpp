@@ -95,15 +95,18 @@ void bind_runtime(py::module_& m) {
            py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("hysteresis"),
            py::arg("row_buckets") = std::vector<std::int64_t>{}, py::arg("deferred_start") = false,
            py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0, ReleaseGil())
-      .def("start", &Runtime::start, ReleaseGil(), "Collective after deferred_start: begins to answer the other ranks.")
+      .def(
+          "start", &Runtime::start, py::arg("failure") = "", ReleaseGil(),
+          "Collective after deferred_start: begins to answer the other ranks. failure: why this one cannot; all raise.")
       .def(
           "begin_step",
           [](Runtime& r, std::int64_t num_tokens, std::uintptr_t stream, StepKind kind, std::optional<Mode> mode) {
             return r.begin_step(stream_of(stream), num_tokens, kind, mode);
           },
           py::arg("num_tokens"), py::arg("stream") = 0, py::arg_v("kind", StepKind::kRun, "StepKind.RUN"),
-          py::arg("mode") = py::none())
-      .def("launched", &Runtime::launched, "The graph of a replay step has been launched; call at once.")
+          py::arg("mode") = py::none(), ReleaseGil())
+      .def("check_launch", &Runtime::check_launch, "Raises unless a graph may be launched now, in a replay step.")
+      .def("launched", &Runtime::launched, ReleaseGil(), "It has been launched; call at once.")
       .def("end_step", &Runtime::end_step, py::arg("broken_off"), ReleaseGil())
       .def("check", &Runtime::check, "Throws if a stream-ordered request was not answered.")
       .def(
@@ -114,7 +117,7 @@ void bind_runtime(py::module_& m) {
       .def(
           "release_layer",
           [](Runtime& r, LayerIndex layer, std::uintptr_t stream) { r.release_layer(stream_of(stream), layer); },
-          py::arg("layer"), py::arg("stream") = 0)
+          py::arg("layer"), py::arg("stream") = 0, ReleaseGil())
       .def("remote_compute", &remote_compute, py::arg("layer"), py::arg("op"), py::arg("x"), py::arg("y"),
            py::arg("stream") = 0,
            "y = op(layer, x); x and y are row-major tensors on the pool's device that support DLPack.")

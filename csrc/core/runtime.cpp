@@ -51,10 +51,13 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   if (channel_ && !options_.deferred_start) channel_->start();
 }
 
-void Runtime::start() {
+void Runtime::start(const std::string& failure) {
   check_open();
   if (!channel_ || !options_.deferred_start) throw Error(ErrorCode::kUsage, "nothing was deferred to start()");
-  pool_->backend().bootstrap().all_gather("ops ready", "");
+  Backend& backend = pool_->backend();
+  all_or_none(backend.bootstrap(), backend.rank(), "ops", [&] {
+    if (!failure.empty()) throw Error(ErrorCode::kUnsupported, failure, {.rank = backend.rank()});
+  });
   channel_->start();
 }
 
@@ -68,7 +71,7 @@ void Runtime::close() noexcept {
   // Lane and service go on until no stream waits for them.
   if (!backend.wait_step_end(2 * options_.deadline) && channel_) {
     channel_->give_up();
-    backend.wait_step_end(options_.deadline);
+    if (!backend.wait_step_end(options_.deadline)) backend.keep_memory();
   }
   if (channel_) channel_->stop();
   backend.leave();
@@ -123,8 +126,7 @@ Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind ki
     throw Error(ErrorCode::kUnsupported,
                 "backend '" + pool_->backend().capabilities().name + "' has no graphs to capture or replay");
   check();
-  if (kind != StepKind::kCapture && last_stream_ && last_stream_->handle != stream.handle)
-    pool_->backend().follow_step_end(stream);
+  if (kind != StepKind::kCapture) pool_->backend().follow_step_end(stream);
   const PolicySnapshot snapshot{.num_tokens = num_tokens,
                                 .max_rows = mailbox_ ? mailbox_->max_rows() : 0,
                                 .peers_available = peers_available(),
@@ -143,12 +145,16 @@ Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind ki
   return decision_;
 }
 
-void Runtime::launched() {
-  check_in_step("launched");
+void Runtime::check_launch() const {
+  check_in_step("a launch");
   if (kind_ != StepKind::kReplay || launched_)
     throw Error(ErrorCode::kUsage,
-                launched_ ? "a replay step launches its graph once" : "launched() is for replay steps",
+                launched_ ? "a replay step launches its graph once" : "only a replay step launches a graph",
                 {.rank = pool_->backend().rank()});
+}
+
+void Runtime::launched() {
+  check_launch();
   launched_ = true;
   if (decision_.mode == Mode::kWas) prefetcher_->replayed_step();
 }
@@ -167,7 +173,6 @@ void Runtime::end_step(bool broken_off) {
           {.rank = pool_->backend().rank()});
     return;
   }
-  last_stream_ = stream_;
   struct MarkEnd {  // however the step ends
     Backend& backend;
     Stream stream;
@@ -175,13 +180,13 @@ void Runtime::end_step(bool broken_off) {
   } const mark{pool_->backend(), stream_};
   ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
   stats_.last_decision = decision_;
-  const bool skipped = decision_.mode == Mode::kWas && !lane_failed_ && !prefetcher_->step_complete();
+  const bool not_launched = kind_ == StepKind::kReplay && !launched_;  // so nothing was consumed either
+  const bool skipped = decision_.mode == Mode::kWas && !lane_failed_ && !not_launched && !prefetcher_->step_complete();
   if (skipped) {
     lane_failed_ = true;  // stays so if the drain outlives its deadline: the ring is then out of order
     prefetcher_->drain_step(stream_);
     lane_failed_ = false;
   }
-  const bool not_launched = kind_ == StepKind::kReplay && !launched_;
   if (broken_off || skipped || not_launched || lane_failed_) {
     ++stats_.steps_broken_off;
     if (!broken_off && not_launched)

@@ -63,7 +63,8 @@ class Mailbox {
 };
 
 struct RequesterStats {
-  std::vector<std::uint64_t> requests_by_peer;  // answered by the peer; also the fallbacks where streams keep count
+  // Answered by the peer; where streams keep count also the fallbacks and requests that nobody answered.
+  std::vector<std::uint64_t> requests_by_peer;
   std::uint64_t rows_sent = 0;
   ByteCount bytes_sent = 0;
   std::uint64_t wait_ns = 0;    // time blocked on replies

@@ -134,6 +134,8 @@ class Backend {
   virtual void mark_step_end(Stream) noexcept {}
   virtual bool wait_step_end(Milliseconds) noexcept { return true; }
   virtual void follow_step_end(Stream) {}
+  // A stream did not come to its end: close() frees nothing on any rank.
+  virtual void keep_memory() noexcept {}
   // Collective, last: frees symmetric memory once every living rank has come here. If a rank died or does not come
   // within the deadline of the bootstrap the memory stays allocated until the process ends, and false is returned.
   virtual bool close() { return true; }

@@ -54,15 +54,17 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
-  // Collective after deferred_start: every rank's ops are in place.
-  void start();
+  // Collective after deferred_start: every rank's ops are in place, or all throw what one says of its failure.
+  void start(const std::string& failure = {});
 
   // Begins a step of num_tokens rows on a stream and fixes its mode, which is the policy's, or `mode` when capturing.
   // A stream other than that of the step before waits for the end of that step. Throws Error(kUsage) inside another
   // step and what check() throws.
   Decision begin_step(Stream stream, std::int64_t num_tokens, StepKind kind = StepKind::kRun,
                       std::optional<Mode> mode = {});
-  // The graph of a kReplay step has been launched on its stream; call at once, as its waits need copies queued.
+  // Around the launch of the graph of a kReplay step on its stream: throws Error(kUsage) unless one may be launched
+  // now; and says that it was. At once, as the graph's waits need the copies that this queues.
+  void check_launch() const;
   void launched();
   // Ends the step. broken_off: what it did not use is consumed unread, so that the next step finds the lane in order;
   // otherwise a WaS step that skipped layers, or a kReplay step without launched(), throws Error(kUsage) after the
@@ -106,8 +108,7 @@ class Runtime {
   bool in_step_ = false;
   bool lane_failed_ = false;  // a fetch outlived its deadline: the ring's state is unknown
   StepKind kind_ = StepKind::kRun;
-  Stream stream_{};                    // of the open step
-  std::optional<Stream> last_stream_;  // of the last one that ran
+  Stream stream_{};  // of the open step
   bool launched_ = false;
   Decision decision_{};
   std::optional<Mode> previous_;

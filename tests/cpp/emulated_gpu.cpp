@@ -65,6 +65,7 @@ class Emulation final : public EmulatedGpu {
   void set_total(std::size_t bytes) override { look_up<void(std::size_t)>(cuda_, "emulator_set_total")(bytes); }
   void take(std::int64_t bytes) override { look_up<void(std::int64_t)>(cuda_, "emulator_use")(bytes); }
   void fail_launches() override { look_up<void(bool)>(cuda_, "emulator_fail_graph_launch")(true); }
+  void hold_context() override { look_up<void(CUstream)>(cuda_, "emulator_hold_context")(current_); }
   [[nodiscard]] WorkloadHooks hooks() override;
   std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const override;
   void capture(Runtime& runtime, const std::vector<Op>& plain) override;
@@ -213,7 +214,7 @@ void Emulation::check_replay(Workload& workload, Runtime& runtime) {
       must(device_->api().cuGraphLaunch(graphs[static_cast<std::size_t>(mode)], current_), "cuGraphLaunch");
     }
     runtime.launched();
-    expect_usage([&] { runtime.launched(); }, "once");
+    expect_usage([&] { runtime.check_launch(); }, "once");
     if (i % 10 == 7) device_->api().cuStreamSynchronize(current_);  // the engine waits inside the step
     runtime.end_step(/*broken_off=*/i % 10 == 8);                   // or raises after the launch
   }

@@ -15,6 +15,7 @@ class EmulatedGpu {
   virtual void set_total(std::size_t bytes) = 0;  // memory of the device
   virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
   virtual void fail_launches() = 0;               // of graphs
+  virtual void hold_context() = 0;                // until the stream of the steps is idle
   [[nodiscard]] virtual WorkloadHooks hooks() = 0;
   // Ops of captured graphs in the place of the given ones, and their capture once the runtime is made.
   virtual std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const = 0;

@@ -118,6 +118,11 @@ class RankProcess {
       gpu_->check_streams(workload, runtime);
     } else if (what == "replay") {
       gpu_->check_replay(workload, runtime);
+    } else if (what == "hold_context") {  // with requests of all ranks under way
+      std::mt19937_64 random(6);
+      workload.step(runtime, {}, random);
+      gpu_->hold_context();
+      runtime.check();
     } else if (what == "close_in_step") {
       std::mt19937_64 random(5);
       workload.forward(runtime, runtime.begin_step(gpu_->hooks().stream, 1).mode, 5, random);

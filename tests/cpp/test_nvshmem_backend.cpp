@@ -147,7 +147,7 @@ TEST(GpuBackend, RequestThatWasTakenAndNeverAnsweredIsAnError) {
   group.start(1, {"service_delay_us=1500000", "steps=0", "linger=1", "setup_deadline_ms=1000"});
   EXPECT_EQ(group.wait(0), 3) << group.log(0);
   EXPECT_EQ(group.result(0)["error"], "DeadlineError");
-  EXPECT_THAT(group.result(0)["message"], HasSubstr("rank 1 took a request of rank 0"));
+  EXPECT_THAT(group.result(0)["message"], HasSubstr("rank 1 took a request and did not answer it: rank 0 waited"));
   EXPECT_LT(number(group.result(0), "total_ms"), 3000);
   group.set_mark("stop");
   group.wait(1);
@@ -163,6 +163,30 @@ TEST(GpuBackend, OwnerWhoseDeviceHangsCostsOneDeadline) {
   group.signal(1, SIGKILL);
 }
 
+// Neither service can launch while the engines hold their contexts and wait for the other's answer.
+TEST(GpuBackend, HeldContextsEndAtTheDeadline) {
+  RankGroup group(2, gpu({"mode=cas", "do=hold_context", "deadline_ms=400", "op_delay_ms=5"}));
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) {
+    const int status = group.wait(rank);
+    EXPECT_TRUE(status == 0 || group.result(rank)["error"] == "DeadlineError") << group.log(rank);
+    EXPECT_LT(number(group.result(rank), "total_ms"), 5000);
+  }
+}
+
+// The owner dies, and its requester cannot run the op in its place while its own engine holds the context.
+TEST(GpuBackend, DeadOwnerAndAHeldContextEndAtTheDeadline) {
+  RankGroup group(2, gpu({"mode=cas"}));
+  group.start(0, {"do=hold_context", "deadline_ms=1000"});
+  group.start(1, {"op_delay_ms=20000", "steps=0", "linger=1"});
+  for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "ready");
+  sleep_for(Milliseconds(100));
+  group.signal(1, SIGKILL);
+  EXPECT_EQ(group.wait(0), 3) << group.log(0);
+  EXPECT_THAT(group.result(0)["message"], HasSubstr("did not run here either"));
+  EXPECT_LT(number(group.result(0), "total_ms"), 5000);
+}
+
 TEST(GpuBackend, OwnerThatCannotLaunchSaysSoOnBothSides) {
   RankGroup group(2, gpu({"mode=cas", "linger=1"}));
   group.start(0, {"steps=3"});
@@ -176,9 +200,12 @@ TEST(GpuBackend, OwnerThatCannotLaunchSaysSoOnBothSides) {
 
 TEST(GpuBackend, CloseInAStepComesBack) {
   for (const std::string mode : {"was", "cas"}) {
-    RankGroup group(2, gpu({"mode=" + mode, "do=close_in_step"}));
+    RankGroup group(2, gpu({"mode=" + mode, "do=close_in_step", "deadline_ms=500"}));
     group.start_all();
-    for (Rank rank = 0; rank < 2; ++rank) EXPECT_EQ(group.wait(rank), 0) << group.log(rank);
+    for (Rank rank = 0; rank < 2; ++rank) {
+      EXPECT_EQ(group.wait(rank), 0) << group.log(rank);
+      EXPECT_LT(number(group.result(rank), "total_ms"), 3000);
+    }
   }
 }
 

@@ -57,7 +57,7 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
   runtime.begin_step(stream, 1);
   int other = 0;
   expect(ErrorCode::kUsage, "another stream", [&] { (void)runtime.fetch_layer({&other}, local); }, "another stream");
-  expect(ErrorCode::kUsage, "launched() of a step that runs", [&] { runtime.launched(); }, "replay");
+  expect(ErrorCode::kUsage, "launched() of a step that runs", [&] { runtime.check_launch(); }, "replay");
   expect(ErrorCode::kUsage, "a step in a step", [&] { runtime.begin_step(stream, 1); });
   expect(ErrorCode::kUnknownName, "fetch of no layer", fetch(placement.num_layers()));
   expect(ErrorCode::kUnknownName, "release of no layer", release(-1));

@@ -45,7 +45,12 @@ DeviceStream::~DeviceStream() {
   device_.api().cuStreamDestroy(stream_);
 }
 
-bool DeviceStream::idle() const { return device_.api().cuStreamQuery(stream_) != CUDA_ERROR_NOT_READY; }
+bool is_pending(CUresult result) {
+  return result == CUDA_ERROR_NOT_READY ||
+         (result >= CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED && result <= CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+}
+
+bool DeviceStream::idle() const { return !is_pending(device_.api().cuStreamQuery(stream_)); }
 
 void DeviceStream::synchronize() const {
   device_.check(device_.api().cuStreamSynchronize(stream_), "cuStreamSynchronize");

@@ -66,6 +66,10 @@ class DeviceStream {
   CUstream stream_ = nullptr;
 };
 
+// What a query of a stream or event says: not done, or not known because some capture forbids to ask. Any other error
+// means that the device runs nothing any more.
+bool is_pending(CUresult result);
+
 // Device memory of this process, zeroed.
 class DeviceBuffer final : public LocalBuffer {
  public:

@@ -69,7 +69,9 @@ extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t b
                                      std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
                                      Counts* counts, Counts* counts_host, std::uint64_t* failed_host,
                                      unsigned* finished) {
-  const bool failed = load_acquire(flag) != 1;
+  __shared__ bool failed;  // the flag is in host memory: one thread of a block reads it
+  if (threadIdx.x == 0) failed = load_acquire(flag) != 1;
+  __syncthreads();
   if (!failed) copy_bytes(dst, src, bytes);
   if (!last_to_finish(finished)) return;
   *flag = 0;

@@ -97,12 +97,13 @@ void NvshmemBackend::within_deadline(const std::string& what, std::function<void
     collective();
     done->set_value();
   }).detach();
-  if (finished.wait_for(options_.deadline) != std::future_status::ready)
-    throw Error(ErrorCode::kDeadline,
-                "rank " + std::to_string(options_.rank) + " waited " + std::to_string(options_.deadline.count()) +
-                    " ms in NVSHMEM's collective " + what +
-                    ": a rank died or stopped in set-up. NVSHMEM cannot be used again in this process; start it anew",
-                {.rank = options_.rank, .waited_ms = options_.deadline.count()});
+  if (finished.wait_for(options_.deadline) == std::future_status::ready) return;
+  lost_ = true;
+  throw Error(ErrorCode::kDeadline,
+              "rank " + std::to_string(options_.rank) + " waited " + std::to_string(options_.deadline.count()) +
+                  " ms in NVSHMEM's collective " + what +
+                  ": a rank died or stopped in set-up. NVSHMEM cannot be used again in this process; start it anew",
+              {.rank = options_.rank, .waited_ms = options_.deadline.count()});
 }
 
 void* NvshmemBackend::symmetric_malloc(ByteCount bytes, const std::string& label) {
@@ -208,7 +209,7 @@ bool NvshmemBackend::wait_step_end(Milliseconds deadline) noexcept {
   if (step_end_ == nullptr) return true;
   const ContextScope scope(*device_);
   const auto start = Clock::now();
-  while (device_->api().cuEventQuery(step_end_) == CUDA_ERROR_NOT_READY) {
+  while (is_pending(device_->api().cuEventQuery(step_end_))) {
     if (Clock::now() - start > deadline) return false;
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
@@ -233,6 +234,8 @@ void NvshmemBackend::leave() noexcept {
 
 bool NvshmemBackend::close() {
   leave();
+  if (lost_) allocations_.clear();  // a thread is still inside NVSHMEM
+  if (lost_) return false;
   if (allocations_.empty()) return true;
   for (Rank rank = 0; rank < options_.world_size; ++rank) {
     if (alive(rank) || left(rank).load() != 0) continue;
@@ -240,7 +243,11 @@ bool NvshmemBackend::close() {
     return false;
   }
   try {
-    bootstrap_->all_gather("close", "");  // nobody reads another's memory any more
+    const auto busy = bootstrap_->all_gather("close", in_use_ ? "in use" : "");
+    if (std::any_of(busy.begin(), busy.end(), [](const std::string& word) { return !word.empty(); })) {
+      allocations_.clear();
+      return false;
+    }
     for (const Allocation& allocation : allocations_) {
       within_deadline("free", [memory = allocation.memory, free = nvshmem_.free] { free(memory); });
       freed_pieces().add(allocation.bytes);

@@ -48,6 +48,7 @@ class NvshmemBackend final : public Backend {
   void leave() noexcept override;
   void mark_step_end(Stream stream) noexcept override;
   void follow_step_end(Stream stream) override;
+  void keep_memory() noexcept override { in_use_ = true; }
   bool wait_step_end(Milliseconds deadline) noexcept override;
   bool close() override;
 
@@ -86,6 +87,8 @@ class NvshmemBackend final : public Backend {
   std::vector<CUdeviceptr> flags_;       // on the GPU, by rank as mapped here; 0 where it is not
   std::vector<CUdeviceptr> control_;     // control segments of all ranks as the GPU sees them
   CUevent step_end_ = nullptr;           // of the last step; made by the first
+  bool lost_ = false;                    // a collective of NVSHMEM did not come back
+  bool in_use_ = false;                  // a stream still works with the memory
   std::vector<Allocation> allocations_;  // in order, freed in order
 };
 

@@ -21,6 +21,8 @@ constexpr std::chrono::microseconds kNap{20};
 // After an owner's process has ended its GPU work may still finish; only then is a request that it took run again.
 constexpr Milliseconds kGrace{300};
 constexpr std::chrono::milliseconds kLivenessCheck{2};
+constexpr std::chrono::microseconds kWatchPause{500};
+constexpr Milliseconds kStopDeadline{10000};
 
 std::atomic_ref<std::uint32_t> atomic(std::uint32_t* word) { return std::atomic_ref<std::uint32_t>(*word); }
 
@@ -56,6 +58,7 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       service_stream_(*device_, DeviceStream::Priority::kService),
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
+      stand_ins_(static_cast<std::size_t>(world_size_)),
       served_by_peer_(static_cast<std::size_t>(world_size_)) {
   if (pool.placement().num_layers() > Request::kMaxLayers || mailbox.ops().size() > Request::kMaxOps ||
       mailbox.max_rows() > Request::kMaxRows)
@@ -81,18 +84,25 @@ void StreamChannel::start() {
     ::prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; the default of 50 us would stretch every nap
     run();
   });
+  watch_thread_ = std::thread([this] {
+    ::pthread_setname_np(::pthread_self(), "sidp-watch");
+    while (!stop_.load(std::memory_order_relaxed)) {
+      for (Rank owner = 0; owner < world_size_; ++owner)
+        if (owner != rank_) watch(owner);
+      std::this_thread::sleep_for(kWatchPause);
+    }
+  });
 }
 
 void StreamChannel::stop() noexcept {
   stop_.store(true);
   if (!thread_.joinable()) return;
   thread_.join();
-  try {
-    const ContextScope scope(*device_);
-    service_stream_.synchronize();  // answers under way still arrive
-  } catch (const Error&) {
-    // The device is lost; nothing can arrive.
-  }
+  watch_thread_.join();
+  const ContextScope scope(*device_);
+  const auto start = Clock::now();
+  while (!service_stream_.idle() && Clock::now() - start < kStopDeadline)  // answers under way still arrive
+    std::this_thread::sleep_for(kNap);
 }
 
 const GraphOp& StreamChannel::graph(const Request& request) const {
@@ -154,9 +164,7 @@ void StreamChannel::run() {
   const ContextScope scope(*device_);
   auto last_request = Clock::now();
   while (!stop_.load(std::memory_order_relaxed)) {
-    bool busy = take_requests();
-    for (Rank owner = 0; owner < world_size_; ++owner)
-      if (owner != rank_) watch(owner);
+    const bool busy = take_requests();
     const auto now = Clock::now();
     if (busy) last_request = now;
     if (now - last_request < kSpin)
@@ -168,9 +176,11 @@ void StreamChannel::run() {
 
 bool StreamChannel::take_requests() {
   bool any = false;
-  // One look at each requester a round: nobody is served twice while another waits.
+  // One look at each rank a round: nobody is served twice while another waits.
   for (Rank requester = 0; requester < world_size_; ++requester) {
     if (requester == rank_) continue;
+    if (const std::uint32_t own = stand_ins_[static_cast<std::size_t>(requester)].exchange(0); own != 0)
+      stand_in(requester, Request::from(own));
     const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
     if ((word & Request::kWaiting) == 0 || !claim(rank_, requester, word)) continue;
     any = true;
@@ -196,7 +206,8 @@ void StreamChannel::serve(Rank requester, const Request& request) {
   }
 }
 
-// Looks after the own request at one owner: who answers it if that rank died or hangs, and when to give it up.
+// Looks after the own request at one owner: who answers it if that rank died or hangs, and when to give it up. Makes no
+// CUDA call: an engine's thread may hold the context until its streams are idle, and they wait for this.
 void StreamChannel::watch(Rank owner) {
   Watch& watch = watches_[static_cast<std::size_t>(owner)];
   std::atomic<bool>& gave_up = gave_up_[static_cast<std::size_t>(owner)];
@@ -209,42 +220,52 @@ void StreamChannel::watch(Rank owner) {
   }
   const auto now = Clock::now();
   const bool waiting = (word & Request::kWaiting) != 0;
-  if (!watch.since || watch.answers != answers || (waiting && watch.over)) watch = {answers, now, {}, false};
+  if (!watch.since || watch.answers != answers || (waiting && watch.over)) watch = {answers, now, {}, {}, false};
   if (watch.over) return;
   if (void_.load(std::memory_order_relaxed)) {
     watch.over = true;
     return not_answered(rank_, owner);
   }
+  const auto waited = [&](Clock::time_point since) { return now - since > options_.deadline; };
+  if (watch.handed_over) {
+    if (waited(*watch.handed_over)) give_up_on(owner, "no longer answers, and the op did not run here either");
+    return;
+  }
   if (!gave_up.load(std::memory_order_relaxed)) {
     if (now - *watch.since < kLivenessCheck) return;
     if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
-    if (!watch.dead_since && now - *watch.since <= options_.deadline) return;
+    if (!watch.dead_since && !waited(*watch.since)) return;
     gave_up.store(true);
   }
   if (waiting) {
-    if (!claim(owner, rank_, word)) return;  // it answers after all
-    watch.over = true;
-    return stand_in(owner, Request::from(word));
+    if (claim(owner, rank_, word)) hand_over(owner, word);  // else it answers after all
+    return;
   }
   // The owner took it. A dead one's answer may still be on its way; a living one's may come at any time, so nobody
   // else may use the slot.
   if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
   if (watch.dead_since) {
-    if (now - *watch.dead_since <= kGrace) return;
-    watch.over = true;
-    return stand_in(owner, Request::from(word));
+    if (now - *watch.dead_since > kGrace) hand_over(owner, word);
+    return;
   }
-  if (now - *watch.since > options_.deadline) {
-    watch.over = true;
-    const std::int64_t waited_ms = ms_since(*watch.since);
-    record({ErrorCode::kDeadline,
-            "rank " + std::to_string(owner) + " took a request of rank " + std::to_string(rank_) +
-                " and did not answer it within " + std::to_string(waited_ms) +
-                " ms; the results of that step are void. Close this runtime",
-            {.rank = rank_, .peer = owner, .waited_ms = waited_ms}});
-    give_up();
-    not_answered(rank_, owner);
-  }
+  if (waited(*watch.since)) give_up_on(owner, "took a request and did not answer it");
+}
+
+void StreamChannel::hand_over(Rank owner, std::uint32_t word) {
+  watches_[static_cast<std::size_t>(owner)].handed_over = Clock::now();
+  stand_ins_[static_cast<std::size_t>(owner)].store(word);
+}
+
+void StreamChannel::give_up_on(Rank owner, const std::string& what) {
+  Watch& watch = watches_[static_cast<std::size_t>(owner)];
+  watch.over = true;
+  const std::int64_t waited_ms = ms_since(*watch.since);
+  record({ErrorCode::kDeadline,
+          "rank " + std::to_string(owner) + " " + what + ": rank " + std::to_string(rank_) + " waited " +
+              std::to_string(waited_ms) + " ms, and the results of that step are void. Close this runtime",
+          {.rank = rank_, .peer = owner, .waited_ms = waited_ms}});
+  give_up();
+  not_answered(rank_, owner);
 }
 
 void StreamChannel::stand_in(Rank owner, const Request& request) {
@@ -261,7 +282,6 @@ void StreamChannel::stand_in(Rank owner, const Request& request) {
   }
 }
 
-// No CUDA call: an engine's thread may hold the context until its streams are idle, and they wait for this.
 void StreamChannel::not_answered(Rank requester, Rank owner) {
   atomic(memory_.reply(requester, owner).host).store(kNotAnswered, std::memory_order_release);
 }

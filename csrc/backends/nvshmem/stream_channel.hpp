@@ -83,13 +83,16 @@ class StreamChannel final : public ActivationChannel {
     std::uint64_t answers = 0;  // count when the request was first seen
     std::optional<Clock::time_point> since;
     std::optional<Clock::time_point> dead_since;
-    bool over = false;  // answered in the owner's place, or given up
+    std::optional<Clock::time_point> handed_over;  // to the service thread, which answers in the owner's place
+    bool over = false;                             // given up
   };
 
   void run();
   bool take_requests();
   void serve(Rank requester, const Request& request);
   void watch(Rank owner);
+  void hand_over(Rank owner, std::uint32_t word);
+  void give_up_on(Rank owner, const std::string& what);
   void stand_in(Rank owner, const Request& request);
   // Releases a requester without an answer: its step is void.
   void not_answered(Rank requester, Rank owner);
@@ -113,6 +116,7 @@ class StreamChannel final : public ActivationChannel {
   DeviceStream service_stream_;
   std::vector<Watch> watches_;
   std::vector<std::atomic<bool>> gave_up_;
+  std::vector<std::atomic<std::uint32_t>> stand_ins_;  // by owner: request word to answer in its place, or 0
   std::vector<std::atomic<std::uint64_t>> served_by_peer_;
   std::atomic<std::uint64_t> served_rows_{0};
   std::atomic<std::uint64_t> served_failed_{0};
@@ -121,7 +125,8 @@ class StreamChannel final : public ActivationChannel {
   std::optional<Error> failure_;   // the first; under mutex_
   std::atomic<bool> void_{false};  // the step is void: nobody waits for the rest of its answers
   std::atomic<bool> stop_{false};
-  std::thread thread_;
+  std::thread thread_;        // serves: launches graphs
+  std::thread watch_thread_;  // sees to deadlines, also while a launch of the other blocks
 };
 
 }  // namespace sidp::nvshmem

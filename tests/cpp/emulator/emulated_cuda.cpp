@@ -71,6 +71,7 @@ struct State {
   std::size_t total = std::size_t{80} << 30, used = 0;
   std::uintptr_t next_stream = 0x1000;
   std::atomic<bool> fail_graph_launch = false;
+  std::recursive_mutex context;  // what a call that waits for the device holds
 };
 
 State& state() {
@@ -91,6 +92,7 @@ std::shared_ptr<Stream> find(CUstream handle) {
 
 CUresult enqueue(CUstream handle, Work work) {
   if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
+  const std::lock_guard held(state().context);
   const auto stream = find(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   const std::lock_guard lock(stream->mutex);
@@ -163,6 +165,12 @@ EMULATED void emulator_set_total(std::size_t bytes) { state().total = bytes; }
 EMULATED void emulator_use(std::int64_t bytes) {
   const std::lock_guard lock(state().mutex);
   state().used += static_cast<std::size_t>(bytes);
+  if (state().used > state().total) std::abort();  // NVSHMEM may end the process then
+}
+// A call that holds the context until a stream is idle, as the loading of a kernel does.
+EMULATED void emulator_hold_context(CUstream stream) {
+  const std::lock_guard held(state().context);
+  cuStreamSynchronize(stream);
 }
 EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
 

@@ -31,7 +31,8 @@ struct State {
   std::uint64_t meetings = 0;
   int allocations = 0;
   std::map<char*, Piece> pieces;
-  std::size_t heap = 0, used = 0, largest_freed = 0;
+  std::size_t heap = 0, used = 0;
+  std::multiset<std::size_t> freed;
 };
 
 State& state() {
@@ -90,7 +91,10 @@ EMULATED int nvshmem_n_pes() { return state().world_size; }
 EMULATED void* nvshmem_malloc(std::size_t bytes) {
   State& s = state();
   const std::string name = s.folder + "/heap-" + std::to_string(s.allocations++) + "-";
-  if (bytes > s.largest_freed) s.used += bytes;
+  if (const auto piece = s.freed.lower_bound(bytes); piece != s.freed.end())
+    s.freed.erase(piece);
+  else
+    s.used += bytes;
   while (s.heap < s.used) {
     s.heap += kGranularity;
     from_cuda<void (*)(std::int64_t)>("emulator_use")(static_cast<std::int64_t>(kGranularity));
@@ -107,7 +111,7 @@ EMULATED void nvshmem_free(void* memory) {
   State& s = state();
   meet();
   const auto found = s.pieces.find(static_cast<char*>(memory));
-  s.largest_freed = std::max(s.largest_freed, found->second.bytes);
+  s.freed.insert(found->second.bytes);
   for (char* piece : found->second.by_rank) ::munmap(piece, found->second.bytes);
   s.pieces.erase(found);
 }
