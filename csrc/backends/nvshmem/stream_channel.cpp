@@ -192,11 +192,16 @@ bool StreamChannel::take_requests() {
 void StreamChannel::serve(Rank requester, const Request& request) {
   if (options_.service.test_delay_us > 0)
     std::this_thread::sleep_for(std::chrono::microseconds(options_.service.test_delay_us));
+  auto& served = served_by_peer_[static_cast<std::size_t>(requester)];
+  const auto rows = static_cast<std::uint64_t>(request.rows);
+  // Counted first: the requester may have its answer before the launch returns.
+  served.fetch_add(1, std::memory_order_relaxed);
+  served_rows_.fetch_add(rows, std::memory_order_relaxed);
   try {
     graph(request).launch({rank_, requester, request.rows}, service_stream_.get());
-    served_by_peer_[static_cast<std::size_t>(requester)].fetch_add(1, std::memory_order_relaxed);
-    served_rows_.fetch_add(static_cast<std::uint64_t>(request.rows), std::memory_order_relaxed);
   } catch (const std::exception& error) {
+    served.fetch_sub(1, std::memory_order_relaxed);
+    served_rows_.fetch_sub(rows, std::memory_order_relaxed);
     served_failed_.fetch_add(1, std::memory_order_relaxed);
     record({ErrorCode::kRemoteOp,
             "rank " + std::to_string(rank_) + " could not launch an op for rank " + std::to_string(requester) + ": " +
