@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .memory import non_zero
-from .planner import Plan, Scheme
+from .planner import HIDDEN_WITHIN, Plan, Scheme
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -49,7 +49,15 @@ def _gib(num_bytes: int) -> str:
 def _speed(plan: Plan) -> Table:
     table = Table(title=f"{plan.replicas} devices together, predicted", title_justify="left")
     table.add_column("scheme")
-    for column in ("KV tokens", "sequences", "step tokens", "mode", "step ms", "WaS / CaS ms", "output tokens/s"):
+    for column in (
+        "KV tokens",
+        "sequences",
+        "step tokens",
+        "mode",
+        "step ms",
+        "WaS alone / shared / CaS ms",
+        "output tokens/s",
+    ):
         table.add_column(column, justify="right")
     ratio = 1 + plan.workload.prompt_tokens / plan.workload.output_tokens
     for scheme in plan.rows():
@@ -61,24 +69,37 @@ def _speed(plan: Plan) -> Table:
             f"{scheme.batch * ratio:.0f}",
             scheme.mode or "",
             "does not fit" if scheme.step_s is None else f"{scheme.step_s * 1e3:.1f}",
-            "" if scheme.times is None else f"{scheme.times.was_s * 1e3:.1f} / {scheme.times.cas_s * 1e3:.1f}",
+            _times(scheme),
             "" if scheme.tokens_per_s is None else f"{scheme.tokens_per_s:,.0f}",
         )
     return table
 
 
+def _times(scheme: Scheme) -> str:
+    if scheme.times is None:
+        return ""
+    seconds = (scheme.times.was_floor_s, scheme.times.was_s, scheme.times.cas_s)
+    return " / ".join(f"{value * 1e3:.1f}" for value in seconds)
+
+
 def _findings(plan: Plan) -> list[str]:
     limits, best = plan.thresholds, plan.best
+    fit = best.device.sequences
     found = [
         f"best residency: {best.num_resident} of {plan.shape.num_layers} layers on every replica{_against(plan, best)}"
     ]
     if plan.kv_gain is not None:
         found.append(f"KV of SiDP: {plan.kv_gain:.2f} x plain DP")
     found.append(
-        f"with {best.num_resident} resident: CaS in decode steps of fewer than {limits.cas_below:,} sequences; the "
-        f"stream is hidden from {_count(limits.hidden_from_sequences)} sequences on, in steps of prompts from "
+        f"with {best.num_resident} resident: the stream adds at most {HIDDEN_WITHIN:.0%} from "
+        f"{_count(limits.hidden_from_sequences, fit)} sequences on, in steps of prompts from "
         f"{_count(limits.hidden_from_prompt_tokens)} tokens on"
     )
+    if limits.cas_below is not None:
+        found.append(
+            f"CaS is predicted faster, not measured, in decode steps of fewer than {_count(limits.cas_below, fit)} "
+            "sequences"
+        )
     return found
 
 
@@ -86,5 +107,7 @@ def _against(plan: Plan, best: Scheme) -> str:
     return "" if plan.speedup is None else f", {plan.speedup:.2f} x the tokens/s of plain DP"
 
 
-def _count(tokens: int | None) -> str:
-    return "(never)" if tokens is None else f"{tokens:,}"
+def _count(count: int | None, fit: int | None = None) -> str:
+    if count is None:
+        return "(never)"
+    return f"{count:,}" + (f" ({fit:,} fit)" if fit is not None and count > fit else "")

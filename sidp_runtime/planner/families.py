@@ -12,6 +12,24 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedError
 
 
+def read_count(config: Mapping[str, Any], key: str, default: int | None, name: str, least: int = 1) -> int:
+    """An integer of a config; ``default`` where it is absent or null. ``CheckpointError`` for anything else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CheckpointError(f"{name}: {key} is {value!r} in the config, must be an integer of at least {least}")
+    return value
+
+
+def read_switch(config: Mapping[str, Any], key: str, default: bool, name: str) -> bool:
+    """A boolean of a config; ``default`` where it is absent or null. ``CheckpointError`` for anything else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{name}: {key} is {value!r} in the config, must be true or false")
+    return value
+
+
 @dataclass(frozen=True)
 class Part:
     """A linear of a layer by the names of its sizes. ``bias``: always, never, or the config's switch of that name."""
@@ -21,8 +39,8 @@ class Part:
     columns: str
     bias: bool | str = False
 
-    def has_bias(self, config: Mapping[str, Any]) -> bool:
-        return bool(config.get(self.bias, False)) if isinstance(self.bias, str) else self.bias
+    def has_bias(self, config: Mapping[str, Any], name: str) -> bool:
+        return read_switch(config, self.bias, False, name) if isinstance(self.bias, str) else self.bias
 
 
 def _gated(
@@ -103,8 +121,8 @@ def check_dense(config: Mapping[str, Any], name: str) -> None:
     """``UnsupportedError`` for experts or quantised weights, with the model type and the count."""
     model_type = config.get("model_type")
     for key in _EXPERT_KEYS:
-        experts = config.get(key)
-        if isinstance(experts, int) and experts > 0:
+        experts = read_count(config, key, 0, name, least=0)
+        if experts > 0:
             raise UnsupportedError(
                 f"{name}: model type {model_type!r} is a mixture of experts ({key} {experts}); only dense models are "
                 "planned: which experts a step reads depends on its tokens"
@@ -125,13 +143,17 @@ def windows(model_type: str, config: Mapping[str, Any], num_layers: int, name: s
             f"{name}: sliding_window is {size!r} in the config, must be an integer of at least 1 or null"
         )
     types = config.get("layer_types")
-    if model_type in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
+    if model_type in ("qwen2", "qwen3") and not read_switch(config, "use_sliding_window", False, name):
         size = None
     if size is None:
         return (None,) * num_layers
     if types is not None:
         known = {"sliding_attention": size, "full_attention": None}
-        if not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types):
+        if (
+            not isinstance(types, list)
+            or len(types) != num_layers
+            or any(not isinstance(kind, str) or kind not in known for kind in types)
+        ):
             raise CheckpointError(
                 f"{name}: layer_types must name one of {', '.join(known)} for each of {num_layers} layers"
             )
@@ -139,9 +161,9 @@ def windows(model_type: str, config: Mapping[str, Any], num_layers: int, name: s
     if model_type in ("mistral", "phi3"):
         return (size,) * num_layers
     if model_type in ("qwen2", "qwen3"):
-        first = config.get("max_window_layers", num_layers)
+        first = read_count(config, "max_window_layers", num_layers, name, least=0)
         return tuple(size if i >= first else None for i in range(num_layers))
     if model_type in ("gemma2", "gemma3_text"):
-        period = 2 if model_type == "gemma2" else int(config.get("sliding_window_pattern", 6))
+        period = 2 if model_type == "gemma2" else read_count(config, "sliding_window_pattern", 6, name)
         return tuple(None if (i + 1) % period == 0 else size for i in range(num_layers))
     return (None,) * num_layers

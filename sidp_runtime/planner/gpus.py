@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..policy import MachineProfile
 
 _BUNDLED = Path(__file__).with_name("gpu_profiles.json")
+_MOST_GIB = 1 << 20
 _REFERENCE = "H200"  # the GPU with both a datasheet and measurements
 
 
@@ -49,6 +50,7 @@ class GpuProfile:
     origin: str  # "measured" or "datasheet"
     sources: tuple[str, ...]
     linear_times: LinearTimes | None = None
+    nvlink_domain: int | None = None  # GPUs that reach each other over NVLink
 
     def linears_s(self, num_bytes: float, rows: float, element_bytes: int = 2) -> float:
         """Seconds of products of ``rows`` rows with ``num_bytes`` of weights; 0 rows take no time.
@@ -82,11 +84,14 @@ class GpuProfile:
     def from_facts(cls, name: str, facts: Mapping[str, Any]) -> GpuProfile:
         """From an entry of ``gpu_profiles.json``; ``ConfigError`` names what is missing or not above 0."""
         try:
-            memory_bytes = int(_positive(facts, "memory_gib") * 2**30)
+            memory_gib = _positive(facts, "memory_gib")
+            if memory_gib > _MOST_GIB:
+                raise ConfigError(f"GPU profile {name!r}: memory_gib is {memory_gib}, must be at most {_MOST_GIB}")
+            memory_bytes = int(memory_gib * 2**30)
             if "measured" in facts:
                 return cls._measured(name, memory_bytes, facts)
             return cls._datasheet(name, memory_bytes, facts)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
@@ -100,7 +105,9 @@ class GpuProfile:
         if "linears" in measured:
             linears = measured["linears"]
             times = LinearTimes(
-                int(linears["num_bytes"]), tuple(linears["rows"]), tuple(ms / 1e3 for ms in linears["ms"])
+                _count(linears, "num_bytes"),
+                tuple(_whole("linears rows", rows) for rows in linears["rows"]),
+                tuple(_number("linears ms", ms) / 1e3 for ms in linears["ms"]),
             )
             rising = list(times.rows) == sorted(set(times.rows)) and list(times.seconds) == sorted(times.seconds)
             if not rising or len(times.rows) != len(times.seconds) or not times.rows or times.seconds[0] <= 0:
@@ -117,6 +124,7 @@ class GpuProfile:
             origin="measured",
             sources=(f"memory: {facts['memory_source']}", f"rates: {measured['source']}"),
             linear_times=times,
+            nvlink_domain=_domain(facts),
         )
 
     @classmethod
@@ -138,6 +146,7 @@ class GpuProfile:
                 f"memory: {facts['memory_source']}",
                 f"rates: {sheet['source']}; of it what {_REFERENCE} reached of its own: {shares}; its round trip",
             ),
+            nvlink_domain=_domain(facts),
         )
 
 
@@ -154,7 +163,24 @@ def _bundled() -> dict[str, dict[str, Any]]:
 
 
 def _positive(facts: Mapping[str, Any], key: str) -> float:
-    value = facts[key]
+    return _number(key, facts[key])
+
+
+def _count(facts: Mapping[str, Any], key: str) -> int:
+    return _whole(key, facts[key])
+
+
+def _domain(facts: Mapping[str, Any]) -> int | None:
+    return None if facts.get("nvlink_domain") is None else _count(facts, "nvlink_domain")
+
+
+def _number(key: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ConfigError(f"GPU profile: {key} is {value!r}, must be a number above 0")
     return float(value)
+
+
+def _whole(key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"GPU profile: {key} is {value!r}, must be an integer of at least 1")
+    return value

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..manifest import DTYPE_BYTES, LayerSpec, TensorSpec
-from .families import FAMILIES, Family, check_dense, windows
+from .families import FAMILIES, Family, check_dense, read_count, read_switch, windows
 
 _BUNDLED = Path(__file__).with_name("models.json")
 _DTYPES = ("bfloat16", "float16")
@@ -176,11 +176,7 @@ def _shape(
     family: Family, model_type: str, config: Mapping[str, Any], name: str, dtype: str, notes: tuple[str, ...]
 ) -> ModelShape:
     def count(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{name}: {key} is {value!r} in the config, must be an integer of at least 1")
-        return value
+        return read_count(config, key, default, name)
 
     hidden, layers, heads = count("hidden_size"), count("num_hidden_layers"), count("num_attention_heads")
     kv_heads = count("num_key_value_heads", heads)
@@ -203,9 +199,10 @@ def _shape(
         head_dim=head_dim,
         intermediate=inner,
         vocab=vocab,
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        tied=read_switch(config, "tie_word_embeddings", family.tied, name),
         linears=tuple(
-            Linear(part.name, sizes[part.rows], sizes[part.columns], part.has_bias(config)) for part in family.linears
+            Linear(part.name, sizes[part.rows], sizes[part.columns], part.has_bias(config, name))
+            for part in family.linears
         ),
         norm_params=layers * (family.num_norms * per_norm + qk_norm) + per_norm,
         head_bias=family.head_bias,

@@ -10,11 +10,13 @@ from typing import Any
 from .. import _C
 from ..errors import CapacityError, ConfigError
 from . import memory, step_time
+from .contention import LARGEST_SIMULATED
 from .gpus import GpuProfile
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
 from .step_time import StepLoad, StepTimes, Streamed
 
+HIDDEN_WITHIN = 0.05  # a stream that lengthens the step by no more counts as hidden
 _LARGEST_STEP = 1 << 20  # tokens; a threshold beyond is none
 _LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
 
@@ -55,12 +57,12 @@ class Workload:
 class Thresholds:
     """Tokens of a step at which the better mode changes. None: never, up to a million tokens.
 
-    ``cas_below``: CaS is predicted faster in decode steps of fewer sequences (its slots hold ``max_rows``).
-    ``hidden_from_sequences``, ``hidden_from_prompt_tokens``: from here on a decode step, or one of prompts alone, takes
-    longer than the stream.
+    ``cas_below``: CaS is predicted faster in decode steps of fewer sequences (its slots hold ``max_rows``; None: it has
+    none). ``hidden_from_sequences``, ``hidden_from_prompt_tokens``: from here on the stream lengthens a decode step, or
+    one of prompts alone, by at most 5 %.
     """
 
-    cas_below: int
+    cas_below: int | None
     hidden_from_sequences: int | None
     hidden_from_prompt_tokens: int | None
 
@@ -88,7 +90,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the fastest of these."""
+    """What ``sidp plan`` shows. ``residency``: SiDP in WaS mode with 0, 1, ... resident layers; ``best``: the fastest.
+
+    ``cas``: the fastest residency in CaS mode, never measured in this form: it decides nothing. None: no slots.
+    """
 
     shape: ModelShape
     gpu: GpuProfile
@@ -99,6 +104,7 @@ class Plan:
     tp: list[Scheme]
     residency: list[Scheme]
     best: Scheme
+    cas: Scheme | None
     thresholds: Thresholds
     speedup: float | None  # of best over plain DP; None where one of the two does not fit
     kv_gain: float | None
@@ -110,8 +116,9 @@ class Plan:
         return self.residency[0]
 
     def rows(self) -> list[Scheme]:
-        """The schemes of the tables: DP, TP, SiDP, and the best residency where it is another."""
-        return [self.dp, *self.tp, self.sidp, *([self.best] if self.best is not self.sidp else [])]
+        """The schemes of the tables: DP, TP, SiDP, the best residency where it is another, and CaS."""
+        more = [] if self.best is self.sidp else [self.best]
+        return [self.dp, *self.tp, self.sidp, *more, *([] if self.cas is None else [self.cas])]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that ``json.dumps`` takes."""
@@ -143,7 +150,10 @@ class Planner:
         degrees = [1 << bit for bit in range(1, self.replicas.bit_length()) if self._splits(1 << bit)]
         tp = [self._whole(workload, degree) for degree in degrees]
         residency = [self._sidp(workload, k) for k in range(self.shape.num_layers)]
-        best = max(residency, key=lambda scheme: (scheme.tokens_per_s or 0.0, -(scheme.num_resident or 0)))
+        best = _fastest(residency)
+        cas = None
+        if self.settings.max_rows:
+            cas = _fastest([self._sidp(workload, k, cas=True) for k in range(self.shape.num_layers)])
         if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
             self._raise_nothing_fits(workload, residency[0].device)
         return Plan(
@@ -156,10 +166,11 @@ class Planner:
             tp=tp,
             residency=residency,
             best=best,
+            cas=cas,
             thresholds=self.thresholds(workload, best.num_resident or 0),
             speedup=_ratio(best.tokens_per_s, dp.tokens_per_s),
             kv_gain=_ratio(residency[0].group_kv_tokens, dp.group_kv_tokens),
-            warnings=self._warnings(workload, dp, tp, best),
+            warnings=self._warnings(workload, dp, tp, best, cas),
         )
 
     def thresholds(self, workload: Workload, num_resident: int) -> Thresholds:
@@ -172,15 +183,16 @@ class Planner:
 
         def hidden(decode: bool, tokens: int) -> bool:
             found = times(decode, tokens)
-            return found.was_s > found.copy_s
+            return found.was_s <= (1 + HIDDEN_WITHIN) * found.work_s
 
         def was_wins(tokens: int) -> bool:
             found = times(True, tokens)
             return found.was_s <= found.cas_s
 
-        slower = _first(was_wins)
-        beyond = self.settings.max_rows + 1
-        cas_below = beyond if slower is None else min(slower, beyond)
+        cas_below = None
+        if self.settings.max_rows:
+            slower, beyond = _first(was_wins), self.settings.max_rows + 1
+            cas_below = beyond if slower is None else min(slower, beyond)
         return Thresholds(cas_below, _first(partial(hidden, True)), _first(partial(hidden, False)))
 
     def _splits(self, degree: int) -> bool:
@@ -195,10 +207,14 @@ class Planner:
     def _mean_context(workload: Workload) -> float:
         return workload.prompt_tokens + workload.output_tokens / 2
 
-    def _load(self, workload: Workload, sequences: int) -> StepLoad:
-        """The steady mix: while a sequence yields its tokens one a step, another's prompt is worked off meanwhile."""
+    def _load(self, workload: Workload, sequences: int, most_rows: int | None = None) -> StepLoad:
+        """The steady mix: while a sequence yields its tokens one a step, another's prompt is worked off meanwhile.
+
+        ``most_rows``: of every step, prompts in chunks; None: ``step_tokens``.
+        """
         prompt_rows = workload.prompt_tokens / workload.output_tokens
-        batch = min(sequences, self.max_sequences or sequences, self.step_tokens / (1 + prompt_rows))
+        most = self.step_tokens if most_rows is None else min(most_rows, self.step_tokens)
+        batch = min(sequences, self.max_sequences or sequences, most / (1 + prompt_rows))
         return StepLoad(batch, self._mean_context(workload), batch * prompt_rows, workload.prompt_tokens)
 
     def _whole(self, workload: Workload, degree: int) -> Scheme:
@@ -212,15 +228,14 @@ class Planner:
         )
         return self._scheme(name, "dp" if degree == 1 else "tp", None, degree, device, load, None, seconds, None)
 
-    def _sidp(self, workload: Workload, num_resident: int) -> Scheme:
+    def _sidp(self, workload: Workload, num_resident: int, *, cas: bool = False) -> Scheme:
         placement = memory.place(self.shape, self.replicas, num_resident, self.settings)
         device = memory.shared(self.shape, self.gpu.memory_bytes, workload.context, self.settings, placement)
-        load = self._load(workload, device.sequences)
-        name = "SiDP" if num_resident == 0 else f"SiDP, {num_resident} resident"
+        load = self._load(workload, device.sequences, self.settings.max_rows if cas else None)
+        name = ("SiDP" if num_resident == 0 else f"SiDP, {num_resident} resident") + " *" * cas
         if device.sequences == 0:
             return self._scheme(name, "sidp", num_resident, 1, device, load, None, None, None)
         times = step_time.step_times(self.gpu, self.shape, load, memory.streamed(placement), self.replicas)
-        cas = times.cas_s < times.was_s and load.rows <= self.settings.max_rows
         seconds = times.cas_s if cas else times.was_s
         mode = (_C.Mode.CAS if cas else _C.Mode.WAS).name
         return self._scheme(name, "sidp", num_resident, 1, device, load, mode, seconds, times)
@@ -242,7 +257,9 @@ class Planner:
         kv_tokens = units * device.kv_tokens if device.fits else 0
         return Scheme(name, kind, num_resident, degree, device, kv_tokens, load.decode_rows, mode, seconds, times, rate)
 
-    def _warnings(self, workload: Workload, dp: Scheme, tp: list[Scheme], best: Scheme) -> list[str]:
+    def _warnings(
+        self, workload: Workload, dp: Scheme, tp: list[Scheme], best: Scheme, cas: Scheme | None
+    ) -> list[str]:
         found = list(self.shape.notes)
         if best.tokens_per_s is None:
             found.append(f"SiDP does not fit a sequence of {workload.context} tokens; another scheme does")
@@ -256,13 +273,23 @@ class Planner:
             if best.tokens_per_s and scheme.tokens_per_s and scheme.tokens_per_s > best.tokens_per_s:
                 found.append(
                     f"{scheme.name} is predicted {scheme.tokens_per_s / best.tokens_per_s - 1:.1%} faster than SiDP "
-                    f"({scheme.tokens_per_s:.0f} tokens/s), by a bound that is kind to TP"
+                    f"({scheme.tokens_per_s:.0f} tokens/s), by an estimate"
                 )
-        if best.mode == _C.Mode.CAS.name and best.times is not None:
+        if cas is not None and cas.times is not None:
             found.append(
-                f"the best residency runs in CaS mode: {best.times.cas_s * 1e3:.1f} ms a step if the replicas follow "
-                f"each other through the owners, {best.times.cas_lockstep_s * 1e3:.1f} ms in lockstep; only the latter "
-                "was measured (--cas-rows 0 plans without CaS)"
+                f"* CaS was never measured in this form and decides nothing: {cas.times.cas_s * 1e3:.1f} ms a step of "
+                f"at most {self.settings.max_rows} rows, prompts in chunks, if the replicas follow each other through "
+                f"the owners; {cas.times.cas_lockstep_s * 1e3:.1f} ms in lockstep, as it was measured (--cas-rows 0 "
+                "leaves it out)"
+            )
+        if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
+            found.append(
+                f"{self.replicas} replicas are more than the {self.gpu.nvlink_domain} of one NVLink domain of "
+                f"{self.gpu.name}; links between domains are slower than planned"
+            )
+        if self.replicas > LARGEST_SIMULATED:
+            found.append(
+                f"waiting at owners' links was simulated for {LARGEST_SIMULATED} replicas, not {self.replicas}"
             )
         if self.gpu.origin != "measured":
             found.append(f"{self.gpu.name}: no measurement; rates are a datasheet's, scaled (docs/model.md)")
@@ -294,6 +321,10 @@ class Planner:
 
 def _prefill(tokens: int, workload: Workload) -> StepLoad:
     return StepLoad(0, 0, tokens, workload.prompt_tokens)
+
+
+def _fastest(schemes: list[Scheme]) -> Scheme:
+    return max(schemes, key=lambda scheme: (scheme.tokens_per_s or 0.0, -(scheme.num_resident or 0)))
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .contention import step_over_stream
 from .gpus import GpuProfile
 from .model_shape import ModelShape
 
@@ -41,13 +42,17 @@ class Streamed:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a step. ``local_s``: with all weights here; ``copy_s``: the streamed layers on the link.
+    """Seconds of a step. ``local_s``: with all weights here; ``work_s``: that, beside a stream written to memory.
 
-    ``cas_s``: replicas follow each other through the owners; ``cas_lockstep_s``: all in the same layer at once.
+    ``copy_s``: the streamed layers on a link of one's own; ``was_floor_s``: WaS with such a link; ``was_s``: with links
+    shared by replicas that drift, as simulated. ``cas_s``: replicas follow each other through the owners;
+    ``cas_lockstep_s``: all in the same layer at once.
     """
 
     local_s: float
     copy_s: float
+    work_s: float
+    was_floor_s: float
     was_s: float
     cas_s: float
     cas_lockstep_s: float
@@ -76,7 +81,7 @@ def local_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad) -> float:
 
 
 def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Streamed, world_size: int) -> StepTimes:
-    """Both modes. WaS: the longer of the stream, and the work with the stream's bytes written to memory beside it.
+    """Both modes. WaS: the work with the stream's bytes written to memory beside it, against a stream on shared links.
 
     CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
     for itself; round trips and the rows' bytes come on top.
@@ -89,7 +94,9 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
     return StepTimes(
         local_s=local,
         copy_s=copy,
-        was_s=max(local + beside, copy),
+        work_s=local + beside,
+        was_floor_s=max(local + beside, copy),
+        was_s=copy * step_over_stream(world_size, (local + beside) / copy) if copy else local,
         cas_s=local + trips + row_bytes / gpu.rates.copy_bytes_per_s,
         cas_lockstep_s=lockstep_cas_s(gpu, shape, load, streamed, world_size),
     )

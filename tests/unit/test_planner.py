@@ -102,9 +102,10 @@ def test_without_measurements_the_formulas_are_the_mode_policys(gpu: str, rows: 
     head = step_time.head_s(profile, shape, StepLoad(rows))
     was, cas = (_C.predict_step_ms(mode, rows, profile.rates.core(), core) for mode in (_C.Mode.WAS, _C.Mode.CAS))
     beside = part.num_bytes / profile.rates.memory_bytes_per_s  # the policy's formula leaves this out
-    assert was <= times.was_s * 1e3 <= was + (beside + head) * 1e3 + 1e-9
-    if times.was_s > times.copy_s:
-        assert times.was_s == pytest.approx(times.local_s + beside)
+    assert was <= times.was_floor_s * 1e3 <= was + (beside + head) * 1e3 + 1e-9
+    assert times.was_s >= times.was_floor_s
+    if times.was_floor_s > times.copy_s:
+        assert times.was_floor_s == pytest.approx(times.local_s + beside)
     assert (times.cas_s - head) * 1e3 == pytest.approx(cas)
 
 
@@ -134,10 +135,12 @@ def test_the_best_residency_is_the_fastest_and_lies_between() -> None:
     rates = [scheme.tokens_per_s or 0.0 for scheme in plan.residency]
     assert plan.best.num_resident == rates.index(max(rates))
     assert 0 < (plan.best.num_resident or 0) < 79
+    assert plan.cas is None
+    assert plan.thresholds.cas_below is None
     assert {scheme.mode for scheme in plan.residency if scheme.tokens_per_s} == {"WAS"}
     assert qwen_plan().kv_gain == pytest.approx(1.78, abs=0.005)
     assert plan.speedup == pytest.approx(max(rates) / (plan.dp.tokens_per_s or 0))
-    assert plan.speedup > 1.2
+    assert 1 < plan.speedup < 1.1
     assert [scheme.name for scheme in qwen_plan().rows()][:5] == ["plain DP", "TP2 x DP4", "TP4 x DP2", "TP8", "SiDP"]
 
 
@@ -150,14 +153,23 @@ def test_throughput_is_batch_over_step() -> None:
         assert scheme.batch <= scheme.device.sequences
     times = plan.sidp.times
     assert times is not None
-    assert plan.sidp.mode == "WAS"  # 870 rows are beyond a CaS slot of 512, though CaS is predicted faster
-    assert times.cas_s < times.was_s == plan.sidp.step_s
+    assert plan.sidp.mode == "WAS"
+    assert times.was_s == plan.sidp.step_s
+
+
+def test_cas_is_shown_within_its_slots_and_decides_nothing() -> None:
+    plan = qwen_plan()
+    assert plan.cas is not None
+    assert (plan.cas.mode, plan.rows()[-1]) == ("CAS", plan.cas)
+    assert plan.cas.batch * (1 + 2048 / 512) <= 512 + 1e-9  # prompts in chunks: no step is larger than a slot
+    assert {scheme.mode for scheme in plan.residency} == {"WAS"}
+    assert plan.best in plan.residency
+    assert any("never measured in this form" in warning for warning in plan.warnings)
 
 
 def test_bounds_of_the_engine_bound_the_batch() -> None:
     assert qwen_plan(max_sequences=10).sidp.batch == 10
     assert qwen_plan(step_tokens=100).sidp.batch == pytest.approx(20)  # each decoded token has 4 of a prompt beside it
-    assert qwen_plan(max_sequences=10).sidp.mode == "CAS"
 
 
 @pytest.mark.parametrize("resident", [0, 20, 63])
@@ -181,7 +193,7 @@ def test_thresholds_are_where_the_predictions_cross(resident: int) -> None:
         (found.hidden_from_prompt_tokens - 1, StepLoad(0, 0, found.hidden_from_prompt_tokens - 1, 2048), False),
     ):
         if tokens:
-            assert (times(load).was_s > times(load).copy_s) is holds
+            assert (times(load).was_s <= 1.05 * times(load).work_s) is holds
     less = [planner.thresholds(work, k).hidden_from_sequences or 0 for k in (0, 20, 40, 63)]
     assert all(a >= b for a, b in pairwise(less))
 

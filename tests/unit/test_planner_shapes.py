@@ -91,11 +91,35 @@ def test_a_window_bounds_what_a_token_reads() -> None:
             CheckpointError,
             "layer_types must name",
         ),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": [["full_attention"]] * 36},
+            CheckpointError,
+            "layer_types must name",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "2"},
+            CheckpointError,
+            "max_window_layers is '2'",
+        ),
+        ({"use_sliding_window": "false"}, CheckpointError, "use_sliding_window is 'false'"),
+        ({"attention_bias": "false"}, CheckpointError, "attention_bias is 'false'"),
+        ({"tie_word_embeddings": 1}, CheckpointError, "tie_word_embeddings is 1"),
+        ({"num_experts": "8"}, CheckpointError, "num_experts is '8'"),
     ],
 )
 def test_what_cannot_be_planned_is_named(change: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         ModelShape.from_config(CONFIG | change)
+
+
+def test_null_is_the_default_and_a_pattern_of_zero_is_refused() -> None:
+    windowed = CONFIG | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": None}
+    assert ModelShape.from_config(windowed).windows == (None,) * 36
+    gemma = {key: value for key, value in RELEASED["Gemma-3-1B"][0].items() if key != "layer_types"}
+    expected = ([512] * 5 + [None]) * 4 + [512, 512]
+    assert list(ModelShape.from_config(gemma | {"sliding_window_pattern": None}).windows) == expected
+    with pytest.raises(CheckpointError, match="sliding_window_pattern is 0"):
+        ModelShape.from_config(gemma | {"sliding_window_pattern": 0})
 
 
 def test_the_text_part_of_a_multimodal_gemma_says_what_it_leaves_out() -> None:
@@ -144,3 +168,31 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
             GpuProfile.read(path)
     with pytest.raises(ConfigError, match="one of H200"):
         GpuProfile.read("H300")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_bytes": 0}, "num_bytes is 0"),
+        ({"num_bytes": -1}, "num_bytes is -1"),
+        ({"rows": ["1", "2"]}, "rows is '1'"),
+        ({"rows": 3}, "TypeError"),
+        ({"ms": ["1", "2"]}, "ms is '1'"),
+        ({"rows": [2, 1]}, "rows that ascend"),
+    ],
+)
+def test_measured_times_are_read_strictly(change: dict[str, Any], words: str) -> None:
+    linears = {"num_bytes": 100, "rows": [1, 2], "ms": [1.0, 2.0]}
+    rates = {"copy_gbps": 1, "round_trip_us": 1, "memory_gbps": 1, "bf16_tflops": 1, "source": "x"}
+    facts = {"memory_gib": 2, "memory_source": "y", "nvlink_domain": 4}
+    assert GpuProfile.from_facts("mine", facts | {"measured": rates | {"linears": linears}}).nvlink_domain == 4
+    with pytest.raises(ConfigError, match=words):
+        GpuProfile.from_facts("mine", facts | {"measured": rates | {"linears": linears | change}})
+
+
+@pytest.mark.parametrize(
+    "facts", [{"memory_gib": 1e308}, {"memory_gib": 1, "measured": 3}, {"memory_gib": 1, "measured": {"linears": 3}}]
+)
+def test_a_profile_of_nonsense_is_a_typed_error(facts: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="mine"):
+        GpuProfile.from_facts("mine", facts)

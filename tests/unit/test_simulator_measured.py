@@ -65,7 +65,7 @@ def test_h20_eight_continuous_arrivals() -> None:
 def test_h20_eight_in_phase_depends_on_how_late_each_launch_is() -> None:
     """99.6 and 99.96 ms were measured with launches of unpublished lateness: exact phase is far slower.
 
-    This pins the sensitivity that the README states. It is no reproduction: the lateness is not an input we have.
+    This pins the sensitivity that docs/simulator.md states. It is no reproduction: the lateness is no input we have.
     """
     assert slowest((0.0,) * 8) == pytest.approx(159.35, rel=0.01)
     late = [random_starts(most_ms) for most_ms in (0.1, 0.2, 0.3, 0.5)]
