@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,27 @@ def tier_of(path: Path) -> str:
     if tier not in TIERS:
         raise pytest.UsageError(f"{path} lies in no tier; move it to one of {', '.join(TIERS)} under {TESTS}")
     return tier
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") and os.environ.get("SIDP_TEST_GPU") == "1":
+        own_shared_memory()
+
+
+def own_shared_memory() -> None:
+    """Gives this process, a worker of pytest-xdist, and its children a /dev/shm of their own.
+
+    Ranks that share a GPU meet in NVSHMEM's /dev/shm/mps_shm_0, whatever job they belong to: of two jobs that start at
+    once one opens the other's events, and NVSHMEM ends the process.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newns = 0x20000
+    if libc.unshare(clone_newns):
+        raise pytest.UsageError(
+            f"-n needs root, for a /dev/shm a worker: {os.strerror(ctypes.get_errno())}; leave out -n"
+        )
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,23 +28,28 @@ std::string random_token() {
   return token.str();
 }
 
-std::size_t at(Rank rank) { return static_cast<std::size_t>(rank); }
+std::size_t index(Rank rank) { return static_cast<std::size_t>(rank); }
 
 }  // namespace
+
+std::int64_t number(const RankResult& result, const std::string& key) {
+  const auto found = result.find(key);
+  return found == result.end() ? -1 : std::stoll(found->second);
+}
 
 RankGroup::RankGroup(Rank world_size, std::vector<std::string> settings)
     : world_size_(world_size),
       settings_(std::move(settings)),
       token_(random_token()),
-      pids_(at(world_size), 0),
-      status_(at(world_size), 0) {
+      pids_(index(world_size), 0),
+      status_(index(world_size), 0) {
   folder_ = std::filesystem::temp_directory_path() / ("sidp-test-" + token_);
   std::filesystem::create_directory(folder_);
 }
 
 RankGroup::~RankGroup() {
   for (Rank rank = 0; rank < world_size_; ++rank)
-    if (pids_[at(rank)] != 0) {
+    if (pids_[index(rank)] != 0) {
       signal(rank, SIGCONT);
       signal(rank, SIGKILL);
     }
@@ -74,20 +79,20 @@ void RankGroup::start(Rank rank, const std::vector<std::string>& more) {
   ::posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, file("log", rank).c_str(), O_WRONLY | O_CREAT | O_TRUNC,
                                      0600);
   ::posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);
-  const int error = ::posix_spawn(&pids_[at(rank)], argv[0], &actions, nullptr, argv.data(), environ);
+  const int error = ::posix_spawn(&pids_[index(rank)], argv[0], &actions, nullptr, argv.data(), environ);
   ::posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) pids_[at(rank)] = 0;
+  if (error != 0) pids_[index(rank)] = 0;
   ASSERT_EQ(error, 0) << "cannot start " << argv[0];
 }
 
 void RankGroup::signal(Rank rank, int number) {
-  if (pids_[at(rank)] == 0) return;
-  ::kill(pids_[at(rank)], number);
+  if (pids_[index(rank)] == 0) return;
+  ::kill(pids_[index(rank)], number);
   if (number != SIGKILL) return;
   int status = 0;
-  ::waitpid(pids_[at(rank)], &status, 0);
-  pids_[at(rank)] = 0;
-  status_[at(rank)] = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
+  ::waitpid(pids_[index(rank)], &status, 0);
+  pids_[index(rank)] = 0;
+  status_[index(rank)] = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
 }
 
 void RankGroup::wait_for_mark(Rank rank, const std::string& mark) {
@@ -98,17 +103,17 @@ void RankGroup::wait_for_mark(Rank rank, const std::string& mark) {
 void RankGroup::set_mark(const std::string& name) { write_file(folder_ / name, ""); }
 
 int RankGroup::wait(Rank rank) {
-  pid_t& pid = pids_[at(rank)];
-  if (pid == 0) return status_[at(rank)];
+  pid_t& pid = pids_[index(rank)];
+  if (pid == 0) return status_[index(rank)];
   int status = 0;
   if (!poll_until(kChildDeadline, [&] { return ::waitpid(pid, &status, WNOHANG) == pid; })) {
     ADD_FAILURE() << "rank " << rank << " did not end; killed. Its log:\n" << log(rank);
     signal(rank, SIGCONT);
     signal(rank, SIGKILL);
-    return status_[at(rank)];
+    return status_[index(rank)];
   }
   pid = 0;
-  return status_[at(rank)] = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
+  return status_[index(rank)] = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
 }
 
 RankResult RankGroup::result(Rank rank) const {

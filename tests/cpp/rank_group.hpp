@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <string>
@@ -14,6 +15,9 @@ namespace sidp::test {
 
 // What a rank process reported, key by key; see rank_process.cpp.
 using RankResult = std::map<std::string, std::string>;
+
+// A reported number; -1 if the rank did not report it.
+std::int64_t number(const RankResult& result, const std::string& key);
 
 class RankGroup {
  public:

@@ -13,11 +13,6 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-std::int64_t number(const RankResult& result, const std::string& key) {
-  const auto found = result.find(key);
-  return found == result.end() ? -1 : std::stoll(found->second);
-}
-
 // All ranks end with that error and leave nothing behind, none later than `within`.
 void expect_all_refuse(RankGroup& group, Rank ranks, const std::string& error, const std::string& message,
                        Milliseconds within = Milliseconds(20000)) {

@@ -15,11 +15,6 @@ using ::testing::IsEmpty;
 
 constexpr int kRounds = 24;
 
-std::int64_t number(const RankResult& result, const std::string& key) {
-  const auto found = result.find(key);
-  return found == result.end() ? -1 : std::stoll(found->second);
-}
-
 void sleep_us(std::uint64_t us) { std::this_thread::sleep_for(std::chrono::microseconds(us)); }
 
 void expect_survived(RankGroup& group, Rank rank, bool asked) {

@@ -16,11 +16,6 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-std::int64_t number(const RankResult& result, const std::string& key) {
-  const auto found = result.find(key);
-  return found == result.end() ? -1 : std::stoll(found->second);
-}
-
 void sleep_for(Milliseconds time) { std::this_thread::sleep_for(time); }
 
 std::vector<std::string> gpu(std::vector<std::string> settings) {
