@@ -37,6 +37,16 @@ def synchronize(device: int) -> None:
     torch.cuda.synchronize(device)
 
 
+def free_bytes(device: int) -> int:
+    """Free memory of a device, as the driver counts it."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def device_of(rank: int) -> int:
+    """The GPU of a rank of this machine; with more ranks than GPUs they share them in turn."""
+    return rank % torch.cuda.device_count()
+
+
 def stream_handle(stream: object, device: int) -> int:
     """The CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
     if stream is None:

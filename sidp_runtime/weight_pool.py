@@ -48,7 +48,9 @@ class WeightPool:
         # another version of either may lay out or compute differently
         manifest = f"{_torch.versions()}\n{manifest_text(self.layers)}"
         self._runtime: weakref.ref[Runtime] | None = None
+        free = self._device_free()
         self._pool: _C.WeightPool | None = _C.WeightPool(self.backend, placement, manifest)
+        self._device_bytes = free - self._device_free()
 
     @property
     def core(self) -> _C.WeightPool:
@@ -132,8 +134,22 @@ class WeightPool:
         return _torch.tensor_views(self.core.ring_view(entry.offset, entry.bytes), self.layers[layer])
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes of this process as the kernel counts them: see ``sidp_runtime.memory.report``."""
-        return memory.report(self.group.token)
+        """Bytes of this process as the kernel counts them: see ``sidp_runtime.memory.report``.
+
+        On a GPU also ``device_bytes``: by how much the device's free memory fell when the pool was made. Where ranks
+        share a device, that is what the pools of all of them took.
+        """
+        found = memory.report(self.group.token)
+        if self.group.device is not None:
+            found["device_bytes"] = self._device_bytes
+        return found
+
+    def _device_free(self) -> int:
+        if self.group.device is None:
+            return 0
+        from . import _torch_gpu
+
+        return _torch_gpu.free_bytes(self.group.device)
 
     def close(self) -> None:
         """Lets go of the memory. Idempotent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -45,7 +46,10 @@ def own_shared_memory() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if TESTS in item.path.parents:
-            item.add_marker(tier_of(item.path))
+            tier = tier_of(item.path)
+            item.add_marker(tier)
+            if tier == "gpu" and (reason := missing_gpu()):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -54,29 +58,24 @@ def repository() -> Path:
     return TESTS.parent
 
 
-@pytest.fixture(autouse=True)
-def _gpu_tier(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu"):
-        need_gpu()
-
-
 @pytest.fixture(params=["host", "nvshmem"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that meets the contract; skipped where the machine lacks it."""
     name = str(request.param)
-    if name == "nvshmem":
-        need_gpu()
+    if name == "nvshmem" and (reason := missing_gpu()):
+        pytest.skip(reason)
     return name
 
 
-def need_gpu() -> None:
-    """Skips the test with what is missing for the GPU backend; ``tests/gpu/run.sh`` makes that a failure."""
+@functools.cache
+def missing_gpu() -> str | None:
+    """What the GPU backend lacks here, for tests to be skipped with; ``tests/gpu/run.sh`` makes that an error."""
     from sidp_runtime import _nvshmem
 
-    if reason := _nvshmem.missing():
-        if os.environ.get("SIDP_TEST_GPU") == "1":
-            pytest.fail(f"SIDP_TEST_GPU=1, but: {reason}")
-        pytest.skip(reason)
+    reason = _nvshmem.missing()
+    if reason and os.environ.get("SIDP_TEST_GPU") == "1":
+        raise pytest.UsageError(f"SIDP_TEST_GPU=1, but: {reason}")
+    return reason
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}ranks")

@@ -43,8 +43,9 @@ def generate_batch(
     called after the n-th new token; True breaks off (the reason is then ``length`` where no end token came).
     """
     longest = max(len(ids) for ids in input_ids)
-    padded = torch.tensor([[pad_token_id] * (longest - len(ids)) + list(ids) for ids in input_ids])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in input_ids])
+    device = next(model.parameters()).device
+    padded = torch.tensor([[pad_token_id] * (longest - len(ids)) + list(ids) for ids in input_ids], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in input_ids], device=device)
     criteria = transformers.StoppingCriteriaList([_EachStep(on_step, longest)] if on_step is not None else [])
     with torch.inference_mode():
         output = model.generate(

@@ -11,7 +11,7 @@ the linears of the decoder then work on the pool: on the layer's fixed address i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ def load_pooled_model(
     dtype: str = "float32",
     mode: str = "auto",
     max_rows: int = 512,
+    row_buckets: Sequence[int] | None = None,
     ring_slots: int = 2,
     resident_layers: Sequence[int] = (),
     pool_embedding: bool = False,
@@ -94,10 +95,13 @@ def load_pooled_model(
     """Builds a model whose decoder linears lie in a pool shared with the other ranks of ``group``. Collective.
 
     ``dtype``: of all weights and of the arithmetic. ``mode``: ``auto``, ``was`` or ``cas``. ``max_rows``: rows (batch
-    times tokens) of the largest CaS step. ``resident_layers``: decoder layers kept on every rank. Norms are resident;
-    embedding and head by choice (a tied head that is pooled has its own copy of the embedding in the pool).
+    times tokens) of the largest CaS step; ``row_buckets``: see ``Runtime``. ``resident_layers``: decoder layers kept on
+    every rank. Norms are resident; embedding and head by choice (a tied head that is pooled has its own copy of the
+    embedding in the pool).
 
-    Peak memory: what the rank owns, the ring, the resident tensors and one tensor where the file's dtype differs.
+    On the group's device. Peak memory: what the rank owns, the ring, the resident tensors and one tensor where the
+    file's dtype differs; on a GPU also the largest layer, on the host.
+
     Raises ``UnsupportedError`` for a model family outside ``SUPPORTED_MODEL_TYPES`` and what ``WeightPool``,
     ``CheckpointSource`` and ``Runtime`` raise, before memory is taken where that can be known.
     """
@@ -115,19 +119,30 @@ def load_pooled_model(
     pool = WeightPool(group, layers, placement)
     try:
         source = CheckpointSource(_with_tied_head(checkpoint))
-        resident_bytes = _load_resident(model, source, dtype, pooled={name for layer in names for name in layer})
+        pooled = {name for layer in names for name in layer}
+        resident_bytes = _load_resident(model, source, dtype, group.device, pooled)
         load_report = pool.load(source, progress)
         runtime = Runtime(
             pool,
-            policy=ModePolicy.calibrated(fixed=_MODES[mode]),
-            ops=_ops(model, dtype, pool_embedding, pool_head) if group.world_size > 1 else (),
-            max_rows=max_rows,
+            policy=_policy(group, mode),
+            ops=_ops(model, dtype, pool_embedding, pool_head) if group.world_size > 1 and mode != "was" else (),
+            max_rows=max_rows if row_buckets is None else 0,
+            row_buckets=row_buckets,
         )
     except BaseException:
         pool.close()
         raise
     _install(model, pool, runtime, pool_embedding, pool_head)
     return PooledModel(model, runtime, pool, load_report, resident_bytes)
+
+
+def _policy(group: Group, mode: str) -> ModePolicy:
+    """Measured by one rank after the other, unless it is in the cache: several at once would measure each other."""
+    for turn in range(group.world_size):
+        if turn == group.rank:
+            policy = ModePolicy.calibrated(fixed=_MODES[mode], device=group.device)
+        group.barrier(f"transformers/measured/{turn}")
+    return policy
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: str) -> Any:
@@ -186,9 +201,12 @@ def _with_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(checkpoint.root, checkpoint.format, entries, checkpoint.config, checkpoint.files)
 
 
-def _load_resident(model: Any, source: CheckpointSource, dtype: str, pooled: Iterable[str]) -> int:
+def _load_resident(
+    model: Any, source: CheckpointSource, dtype: str, device: int | None, pooled: Collection[str]
+) -> int:
     """Reads the tensors that every rank keeps; returns their bytes."""
-    pooled = set(pooled)
+    place = torch.device("cpu") if device is None else torch.device("cuda", device)
+    model.model.rotary_emb.to(place)
     tied = model.config.tie_word_embeddings and "model.embed_tokens.weight" not in pooled
     total = 0
     for name, value in list(model.named_parameters()):
@@ -198,7 +216,7 @@ def _load_resident(model: Any, source: CheckpointSource, dtype: str, pooled: Ite
         spec = TensorSpec(name, tuple(value.shape), dtype)
         source.read_into(name, tensor.view(torch.uint8).view(-1).numpy().data, spec)
         owner, _, parameter = name.rpartition(".")
-        setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor, requires_grad=False))
+        setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(place), requires_grad=False))
         total += spec.num_bytes
     if tied and "lm_head.weight" not in pooled:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -56,6 +56,17 @@ class Batch:
         return len(self.requests) * max(len(request.input_ids) for request in self.requests)
 
 
+def step_rows(batches: Sequence[Batch], most: int = 16) -> list[int]:
+    """Row counts of the batches' steps, ascending, the largest last: of the prompts, and of each token that follows.
+
+    At most ``most`` of the prompts' counts are told apart, else they are rounded up to powers of two.
+    """
+    prompts = {batch.rows for batch in batches}
+    if len(prompts) > most:
+        prompts = {1 << (rows - 1).bit_length() for rows in prompts}
+    return sorted(prompts | {len(batch.requests) for batch in batches})
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """Every prompt of a JSON-lines file, in order. ``ConfigError`` names the first line that is wrong, and why.
 

@@ -110,6 +110,7 @@ def _load(settings: dict[str, Any], connection: Connection) -> sidp_hf.PooledMod
         backend=settings["backend"],
         token=settings["token"],
         deadline_ms=settings["deadline_ms"],
+        device=_device(settings),
     )
     rarely = _Rarely(0.25)
 
@@ -122,9 +123,18 @@ def _load(settings: dict[str, Any], connection: Connection) -> sidp_hf.PooledMod
         group=group,
         dtype=settings["dtype"],
         mode=settings["mode"],
-        max_rows=settings["max_rows"],
+        max_rows=settings["step_rows"][-1],
+        row_buckets=None if group.device is None else settings["step_rows"],
         progress=progress,
     )
+
+
+def _device(settings: dict[str, Any]) -> int | None:
+    if settings["backend"] == "host":
+        return None
+    from .. import _torch_gpu
+
+    return _torch_gpu.device_of(settings["rank"])
 
 
 def _generate(
@@ -145,6 +155,7 @@ def _generate(
     )
     if inbox.closing.is_set():
         return  # broken off: not a result
+    model.runtime.check()  # on a GPU an unanswered request shows only here
     protocol.send(
         connection,
         "result",

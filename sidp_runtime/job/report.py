@@ -23,7 +23,8 @@ class RankReport:
 
     ``full_bytes``: what a full replica holds of the layers that are pooled. ``computed_bytes``: what the placement
     gives this rank: owned and resident layers and the ring. ``measured_bytes``: the same as the kernel counts it,
-    shared pages divided by the processes that map them (PSS). ``kv_bytes_gained``: full less computed.
+    shared pages divided by the processes that map them (PSS), or on a GPU by how much free memory fell.
+    ``kv_bytes_gained``: full less computed.
     """
 
     rank: int
@@ -93,7 +94,8 @@ def rank_report(replica: Replica) -> RankReport:
     if memory:
         full = memory["pooled_bytes"]
         computed = memory["owned_bytes"] + memory["pool_resident_bytes"] + memory["ring_bytes"]
-        measured = memory["pool_pss"] + memory["ring_rss"] + memory["resident_rss"]
+        on_host = memory["pool_pss"] + memory["ring_rss"] + memory["resident_rss"]
+        measured = memory.get("device_bytes", on_host)
     return RankReport(
         rank=replica.rank,
         pid=replica.pid,

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import _C
-from ..errors import ConfigError
+from .. import _C, _nvshmem
+from ..errors import ConfigError, UnsupportedError
 from ..loading import Checkpoint, tokenizer_dir
 from .config import JobConfig
 from .launcher import Launcher, OnEvent
-from .prompts import Batch, Request, Tokenizer, cut, read_prompts, todo, tokenise
+from .prompts import Batch, Request, Tokenizer, cut, read_prompts, step_rows, todo, tokenise
 from .replicas import Replica, Target, start_fork_server
 from .report import JobReport, check_pool_was_used, rank_report
 from .results import Result, ResultsWriter, digest
@@ -38,10 +38,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
             on_event(name, *values)
 
     config.check_places()
-    if config.backend not in _C.backend_names():
-        raise ConfigError(
-            f"backend {config.backend!r} is not in this build, which has: {', '.join(_C.backend_names())}"
-        )
+    _check_backend(config, emit)
     deadline_ms = config.deadline
     prompts = read_prompts(Path(config.prompts))
     checkpoint = Checkpoint.open(config.model)
@@ -74,15 +71,15 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
                 "deadline_ms": deadline_ms,
                 "dtype": dtype,
                 "mode": config.mode,
-                # Of the whole file, so that a job that is taken up again decides as the first run did.
-                "max_rows": max(batch.rows for batch in batches),
+                # Of the whole file, so that a job that is taken up again computes as the first run did.
+                "step_rows": step_rows(batches),
                 "threads": config.threads_per_replica,
                 "seed": config.seed,
                 "pad_token_id": pad,
                 "eos_token_ids": ends,
             },
             left,
-            target=target or _real_target(),
+            target=target or _real_target(config.backend),
             max_new_tokens=config.max_new_tokens,
             deadline_ms=deadline_ms,
             silence_ms=config.silence_ms,
@@ -128,13 +125,27 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, list[int], int]:
     return tokenizer, ends, tokenizer.pad_token_id(ends)
 
 
-def _real_target() -> Target:
+def _real_target(backend: str) -> Target:
     from ..policy import ModePolicy
     from .replica_main import run_replica
 
-    # Measured once for the machine, here, before several replicas would do it beside each other.
-    ModePolicy.calibrated()
+    if backend == "host":
+        ModePolicy.calibrated()  # measured here at the latest, for it may take longer than replicas wait for another
     return run_replica
+
+
+def _check_backend(config: JobConfig, emit: OnEvent) -> None:
+    if config.backend not in _C.backend_names():
+        raise ConfigError(
+            f"backend {config.backend!r} is not in this build, which has: {', '.join(_C.backend_names())}"
+        )
+    if config.backend == "host":
+        return
+    if reason := _nvshmem.missing():
+        raise UnsupportedError(f"backend {config.backend!r}: {reason}; see `sidp doctor`")
+    gpus = len(_C.cuda_report()["devices"])
+    if config.replicas > gpus:
+        emit("warning", f"{config.replicas} replicas share {gpus} GPU(s): that works, and saves no memory")
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
@@ -160,6 +171,7 @@ def results_settings(
     )
     files = sorted((Path(name).name, size) for name, size in checkpoint.files.items())
     return {
+        "backend": config.backend,
         "batch_size": config.batch_size,
         "dtype": dtype,
         "eos_token_ids": ends,

@@ -168,6 +168,14 @@ def bundled_models() -> list[str]:
     return list(_bundled())
 
 
+def bundled_config(name: str) -> dict[str, Any]:
+    """The config of a bundled shape; ``ConfigError`` lists them."""
+    bundled = _bundled()
+    if name not in bundled:
+        raise ConfigError(f"{name!r} is not one of the bundled shapes: {', '.join(bundled)}")
+    return bundled[name]
+
+
 def _bundled() -> dict[str, dict[str, Any]]:
     return dict(json.loads(_BUNDLED.read_text(encoding="utf-8")))
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidp_runtime.errors import ConfigError
-from sidp_runtime.job.prompts import Prompt, Request, cut, read_prompts, todo, tokenise
+from sidp_runtime.job.prompts import Batch, Prompt, Request, cut, read_prompts, step_rows, todo, tokenise
 
 pytestmark = pytest.mark.unit
 
@@ -159,3 +159,15 @@ def test_batches_follow_the_file_and_never_what_is_finished(lengths: list[int], 
     left = todo(batches, finished)
     assert {r.id for r in requests} - finished <= {r.id for index in left for r in batches[index].requests}
     assert all({r.id for r in batches[index].requests} - finished for index in left)
+
+
+def test_step_rows_are_those_of_prompts_and_of_single_tokens() -> None:
+    batches = [Batch(0, (request(5), request(7))), Batch(1, (request(3),))]
+    assert step_rows(batches) == [1, 2, 3, 14]
+    many = [Batch(i, (request(i + 1),)) for i in range(20)]
+    assert step_rows(many) == [1, 2, 4, 8, 16, 32]
+    assert step_rows(many, most=20) == list(range(1, 21))
+
+
+def request(tokens: int) -> Request:
+    return Request("x", 1, tuple(range(tokens)))

@@ -14,6 +14,7 @@ from sidp_runtime.planner import GpuProfile, ModelShape, bundled_gpus, bundled_m
 
 BUNDLED = {
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen2.5-72B": 72_706_203_648,
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
