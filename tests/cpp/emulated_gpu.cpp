@@ -65,11 +65,13 @@ class Emulation final : public EmulatedGpu {
   void set_total(std::size_t bytes) override { look_up<void(std::size_t)>(cuda_, "emulator_set_total")(bytes); }
   void take(std::int64_t bytes) override { look_up<void(std::int64_t)>(cuda_, "emulator_use")(bytes); }
   void fail_launches() override { look_up<void(bool)>(cuda_, "emulator_fail_graph_launch")(true); }
+  void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
   void hold_context() override { look_up<void(CUstream)>(cuda_, "emulator_hold_context")(current_); }
   [[nodiscard]] WorkloadHooks hooks() override;
   std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const override;
   void capture(Runtime& runtime, const std::vector<Op>& plain) override;
   [[nodiscard]] int num_pieces() const override { return look_up<int()>(nvshmem_, "emulator_num_pieces")(); }
+  [[nodiscard]] int num_registered() const override { return look_up<int()>(nvshmem_, "emulator_num_registered")(); }
   void wait() override;
   void finish() override;
   void check_streams(Workload& workload, Runtime& runtime) override;

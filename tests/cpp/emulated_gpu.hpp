@@ -15,14 +15,16 @@ class EmulatedGpu {
   virtual void set_total(std::size_t bytes) = 0;  // memory of the device
   virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
   virtual void fail_launches() = 0;               // of graphs
+  virtual void fail_registration() = 0;           // of memory with NVSHMEM
   virtual void hold_context() = 0;                // until the stream of the steps is idle
   [[nodiscard]] virtual WorkloadHooks hooks() = 0;
   // Ops of captured graphs in the place of the given ones, and their capture once the runtime is made.
   virtual std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const = 0;
   virtual void capture(Runtime& runtime, const std::vector<Op>& plain) = 0;
-  [[nodiscard]] virtual int num_pieces() const = 0;  // allocations on the symmetric heap
-  virtual void wait() = 0;                           // for the streams
-  virtual void finish() = 0;                         // waits, then throws what a check on them found
+  [[nodiscard]] virtual int num_pieces() const = 0;      // allocations on the symmetric heap
+  [[nodiscard]] virtual int num_registered() const = 0;  // pieces of local memory
+  virtual void wait() = 0;                               // for the streams
+  virtual void finish() = 0;                             // waits, then throws what a check on them found
 
   // Steps that alternate between two streams, the first of which is kept busy.
   virtual void check_streams(Workload& workload, Runtime& runtime) = 0;

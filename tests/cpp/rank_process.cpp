@@ -99,7 +99,9 @@ class RankProcess {
       options.row_buckets = {1, spec_.max_rows};
       options.deferred_start = true;
     }
+    if (number("fail_registration", 0) != 0) gpu_->fail_registration();
     Runtime runtime(workload.pool(), ops, options);
+    if (gpu_) note("registered", gpu_->num_registered());
     if (options.deferred_start) {
       gpu_->capture(runtime, plain_ops);
       runtime.start();
@@ -141,6 +143,7 @@ class RankProcess {
     }
     report(runtime.stats());
     runtime.close();
+    if (gpu_) note("still_registered", gpu_->num_registered());
     note("freed", backend->close() ? 1 : 0);
     mark("closed");
   }

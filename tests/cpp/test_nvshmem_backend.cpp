@@ -73,9 +73,26 @@ TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
 }
 
 TEST(GpuBackend, PeersWithoutMappingAreReadByGets) {
-  RankGroup group(2, gpu({"mode=was", "no_ops=1", "unmapped=1", "steps=20"}));
+  for (const std::string unmapped : {"0", "1"}) {
+    RankGroup group(2, gpu({"mode=was", "no_ops=1", "unmapped=" + unmapped, "steps=20"}));
+    group.start_all();
+    expect_all_finish(group, 2);
+    for (Rank rank = 0; rank < 2; ++rank) {
+      EXPECT_EQ(group.result(rank)["registered"], unmapped) << "the ring is what gets need";
+      EXPECT_EQ(number(group.result(rank), "still_registered"), 0);
+    }
+  }
+}
+
+TEST(GpuBackend, RingThatNvshmemDoesNotRegisterIsAnError) {
+  RankGroup group(2, gpu({"mode=was", "no_ops=1", "unmapped=1", "fail_registration=1"}));
   group.start_all();
-  expect_all_finish(group, 2);
+  for (Rank rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(group.wait(rank), 3) << group.log(rank);
+    EXPECT_EQ(group.result(rank)["error"], "DeviceError");
+    EXPECT_THAT(group.result(rank)["message"], HasSubstr("nvshmemx_buffer_register of "));
+    EXPECT_EQ(number(group.result(rank), "peer"), 1 - rank);
+  }
 }
 
 TEST(GpuBackend, StepsOnTwoStreamsKeepTheirOrder) {

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <thread>
 
+#include "sidp/error.hpp"
+
 namespace sidp::nvshmem {
 
 namespace {
@@ -16,6 +18,37 @@ void sleep_on_stream(void* options) {
 
 }  // namespace
 
+Landing::Landing(const Device& device, const NvshmemApi& nvshmem, const std::vector<LaneOp>& program)
+    : device_(device), nvshmem_(nvshmem) {
+  std::byte* end = nullptr;
+  Rank peer = -1;
+  for (const LaneOp& op : program) {
+    if (op.kind != LaneOp::Kind::kGet) continue;
+    begin_ = begin_ == nullptr ? op.dst : std::min(begin_, op.dst);
+    end = std::max(end, op.dst + op.bytes);
+    peer = op.peer;
+  }
+  if (begin_ == nullptr) return;
+  const ContextScope scope(device);
+  const auto bytes = static_cast<std::size_t>(end - begin_);
+  if (const int status = nvshmem.buffer_register(begin_, bytes); status != 0) {
+    nvshmem.buffer_unregister(begin_);  // from the transports that took it
+    throw Error(ErrorCode::kDevice,
+                "NVSHMEM did not register the ring (nvshmemx_buffer_register of " + std::to_string(bytes) +
+                    " bytes on device " + std::to_string(device.ordinal()) + ": status " + std::to_string(status) +
+                    "), and rank " + std::to_string(peer) +
+                    " is not mapped, so its layers cannot be read; NVSHMEM_DEBUG=INFO says why",
+                {.peer = peer, .num_bytes = static_cast<std::int64_t>(bytes)});
+  }
+}
+
+void Landing::unregister() noexcept {
+  if (begin_ == nullptr) return;
+  const ContextScope scope(device_);
+  nvshmem_.buffer_unregister(begin_);
+  begin_ = nullptr;
+}
+
 CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride,
                    Rank world_size, std::vector<LaneOp> program, const LaneOptions& options)
     : device_(device),
@@ -24,6 +57,7 @@ CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr 
       flag_stride_(flag_stride),
       program_(std::move(program)),
       options_(options),
+      landing_(device, nvshmem, program_),
       arrived_(device, 1),
       stream_(device, DeviceStream::Priority::kLane),
       pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
@@ -96,6 +130,7 @@ void CopyLane::stop() noexcept {
   const auto start = Clock::now();
   while (!stream_.idle() && Clock::now() - start < kStopDeadline)
     std::this_thread::sleep_for(std::chrono::microseconds(100));
+  if (stream_.idle()) landing_.unregister();  // else a get may still arrive
 }
 
 LaneStats CopyLane::stats() const {

@@ -16,6 +16,22 @@
 
 namespace sidp::nvshmem {
 
+// The part of the ring into which a program gets, as NVSHMEM must know it; nothing for a program without gets.
+class Landing {
+ public:
+  // Throws Error(kDevice).
+  Landing(const Device& device, const NvshmemApi& nvshmem, const std::vector<LaneOp>& program);
+  ~Landing() { unregister(); }
+  Landing(const Landing&) = delete;
+  Landing& operator=(const Landing&) = delete;
+  void unregister() noexcept;
+
+ private:
+  const Device& device_;
+  const NvshmemApi& nvshmem_;
+  std::byte* begin_ = nullptr;
+};
+
 class CopyLane final : public Lane {
  public:
   // flags: the own words on the device, one each `flag_stride` bytes. All slots are empty, and their copies are queued.
@@ -43,6 +59,7 @@ class CopyLane final : public Lane {
   std::size_t next_ = 0;        // position of the next wait in the program
   std::uint32_t queued_ = 0;    // copies, low 32 bits
   bool stopped_ = false;
+  Landing landing_;
   HostWords arrived_;  // word 0: low 32 bits of the number of copies that have arrived
   DeviceStream stream_;
   std::vector<ByteCount> pass_bytes_by_peer_;

@@ -30,6 +30,8 @@ NvshmemApi nvshmem_api() {
   look_up(library, "nvshmem_free", api.free, api.missing);
   look_up(library, "nvshmem_ptr", api.ptr, api.missing);
   look_up(library, "nvshmemx_getmem_on_stream", api.getmem_on_stream, api.missing);
+  look_up(library, "nvshmemx_buffer_register", api.buffer_register, api.missing);
+  look_up(library, "nvshmemx_buffer_unregister", api.buffer_unregister, api.missing);
   return api;
 }
 

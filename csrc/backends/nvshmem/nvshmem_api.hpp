@@ -17,6 +17,9 @@ struct NvshmemApi {
   void (*free)(void* memory) = nullptr;          // collective
   void* (*ptr)(const void* memory, int pe) = nullptr;
   void (*getmem_on_stream)(void* dst, const void* src, std::size_t bytes, int pe, CUstream_st* stream) = nullptr;
+  // Local. The transports of peers that are not mapped write only into the heap and into what was registered.
+  int (*buffer_register)(void* memory, std::size_t bytes) = nullptr;  // 0: done; refuses overlaps
+  int (*buffer_unregister)(void* memory) = nullptr;
 };
 
 // The process's table. A failure is not kept: NVSHMEM may be initialised later.

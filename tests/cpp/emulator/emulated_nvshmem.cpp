@@ -8,6 +8,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
@@ -33,6 +35,8 @@ struct State {
   std::map<char*, Piece> pieces;
   std::size_t heap = 0, used = 0;
   std::multiset<std::size_t> freed;
+  std::map<char*, std::size_t> registered;  // local memory
+  bool fail_registration = false;
 };
 
 State& state() {
@@ -66,6 +70,12 @@ const std::pair<char* const, Piece>* piece_of(const void* memory) {
   return nullptr;
 }
 
+bool is_registered(char* memory, std::size_t bytes) {
+  for (const auto& [begin, size] : state().registered)
+    if (memory >= begin && memory + bytes <= begin + size) return true;
+  return false;
+}
+
 struct Get {
   void* dst;
   const void* src;
@@ -84,6 +94,9 @@ EMULATED void emulator_start_nvshmem(const char* folder, int rank, int world_siz
 }
 
 EMULATED int emulator_num_pieces() { return static_cast<int>(state().pieces.size()); }
+
+EMULATED int emulator_num_registered() { return static_cast<int>(state().registered.size()); }
+EMULATED void emulator_fail_registration() { state().fail_registration = true; }
 
 EMULATED int nvshmem_my_pe() { return state().rank; }
 EMULATED int nvshmem_n_pes() { return state().world_size; }
@@ -122,7 +135,25 @@ EMULATED void* nvshmem_ptr(const void* memory, int pe) {
   return found->second.by_rank[static_cast<std::size_t>(pe)] + (static_cast<const char*>(memory) - found->first);
 }
 
+EMULATED int nvshmemx_buffer_register(void* memory, std::size_t bytes) {
+  auto* const begin = static_cast<char*>(memory);
+  if (bytes == 0 || piece_of(memory) != nullptr || state().fail_registration) return 7;
+  for (const auto& [other, size] : state().registered)
+    if (begin < other + size && other < begin + bytes) return 7;
+  state().registered[begin] = bytes;
+  return 0;
+}
+
+EMULATED int nvshmemx_buffer_unregister(void* memory) {
+  return state().registered.erase(static_cast<char*>(memory)) == 1 ? 0 : 7;
+}
+
+// As for a peer that is not mapped, whom the transports reach: they end the process for memory that they do not know.
 EMULATED void nvshmemx_getmem_on_stream(void* dst, const void* src, std::size_t bytes, int pe, void* stream) {
+  if (piece_of(dst) == nullptr && !is_registered(static_cast<char*>(dst), bytes)) {
+    std::fprintf(stderr, "the local buffer of a get is not registered with NVSHMEM\n");
+    std::abort();
+  }
   auto* const get = new Get{dst, nvshmem_ptr(src, pe), bytes};
   const auto copy = [](void* data) {
     auto* const g = static_cast<Get*>(data);
