@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .errors import ConfigError, SidpError
+from . import bench_cli
+from .console import Debug, plain_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench_cli.app, name="bench")
 
 
 class ModeChoice(str, Enum):
@@ -41,35 +41,7 @@ class DtypeChoice(str, Enum):
     auto = "auto"
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Backend = Annotated[str, typer.Option(help="Transport between replicas.")]
-
-
-@contextmanager
-def _plain_errors(debug: bool) -> Iterator[None]:
-    """One line on stderr and exit code 1 instead of a traceback; 128 + signal when a signal stopped it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say("stopped")
-        raise typer.Exit(130) from None
-    except SidpError as error:
-        if debug:
-            raise
-        _say(f"error: {error}")
-        signum = getattr(error, "signum", None)
-        raise typer.Exit(1 if signum is None else 128 + signum) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        _say(f"error: internal: {type(error).__name__}: {error} (--debug shows where)")
-        raise typer.Exit(1) from None
-
-
-def _say(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr)
 
 
 @app.command()
@@ -97,7 +69,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer a file of prompts, greedily, with N replicas on one copy of the weights."""
-    with _plain_errors(debug):
+    with plain_errors(debug):
         from rich.console import Console
 
         from .job import JobConfig, run
@@ -146,7 +118,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """What this machine can do, and why not. Exit code 1 if no job can run here."""
-    with _plain_errors(debug):
+    with plain_errors(debug):
         import json
 
         from . import doctor as module
@@ -182,7 +154,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Memory, KV tokens, thresholds and predicted throughput of plain DP, TP and SiDP. Needs no GPU."""
-    with _plain_errors(debug):
+    with plain_errors(debug):
         from .planner import command
 
         command.run(
@@ -200,22 +172,6 @@ def plan(
             as_json=as_json,
             plot=plot,
         )
-
-
-@app.command()
-def bench(
-    backend: Backend = "host",
-    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here.")] = None,  # noqa: UP045
-    debug: Debug = False,
-) -> None:
-    """Microbenchmarks. Exit code 1 if a figure misses its bar."""
-    with _plain_errors(debug):
-        if backend != "host":
-            raise ConfigError(f"there is no benchmark for backend {backend!r}; there is one for: host")
-        from .bench import host
-
-        if not host.main(json_path).passed:
-            raise typer.Exit(1)
 
 
 def main() -> None:

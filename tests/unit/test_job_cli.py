@@ -146,6 +146,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_of_an_unknown_backend() -> None:
-    result = sidp("bench", "--backend", "smoke")
+    result = sidp("bench", "run", "--backend", "smoke")
     assert result.exit_code == 1
-    assert "no benchmark for backend 'smoke'" in result.stderr
+    assert "none of" in result.stderr
+    assert "runs on backend 'smoke'" in result.stderr

@@ -1,0 +1,88 @@
+"""Host time, and instructions, of each call of a step. On a GPU calls only enqueue; nothing is waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from sidp_runtime import Mode
+
+from ..harness import Bar
+from ..instructions import count_instructions
+from ..layers import OP, Replica, open_replica
+from ..rank import RankContext, Samples
+
+STEPS = 5  # of a sample on a GPU: few enough for the queues
+
+
+def run(context: RankContext) -> None:
+    with open_replica(context, buckets=(1,)) as replica:
+        replica.verify()
+        calls = _calls(context, replica)
+        samples = Samples()
+        for _ in range(context.repeats):
+            for name, (call, units) in calls.items():
+                context.meet()
+                call()
+                context.synchronize()
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    call()
+                mine = (time.perf_counter() - start) / STEPS / units
+                context.synchronize()
+                samples.seconds.setdefault(name, []).append(context.gather(mine)[0])
+        bars = {"sidp_fetch_release": Bar(5.0, at_least=False, gpus=1)} if context.on_gpu else {}
+        context.record(samples, "host_time", "us", lambda s: s * 1e6, higher_is_better=False, bars=bars)
+        for name, (call, units) in calls.items():
+            context.meet()
+            count, why = count_instructions(lambda call=call: [call() for _ in range(STEPS)])  # type: ignore[misc]
+            context.synchronize()
+            if context.rank == 0 and count is None:
+                context.figure("instructions", name, "instructions", status="unavailable", reason=why)
+            elif context.rank == 0 and count is not None:
+                context.figure("instructions", name, "instructions", samples=(count / STEPS / units,),
+                               higher_is_better=False)  # fmt: skip
+
+
+def _calls(context: RankContext, replica: Replica) -> dict[str, tuple[Callable[[], object], int]]:
+    """By name: a call, and how many of what is counted it makes."""
+    runtime, streamed, local = replica.runtime, replica.streamed, replica.pool.local_layers
+    stream = torch.cuda.current_stream().cuda_stream if context.on_gpu else None
+    x = replica.rows(1)
+
+    def step() -> None:
+        with replica.step(1, Mode.CAS):
+            pass
+
+    def fetch_local() -> None:
+        with replica.step(1, Mode.CAS):
+            for i in local:
+                runtime.fetch_layer(i, stream=stream)
+                runtime.release_layer(i, stream=stream)
+
+    def fetch_all() -> None:
+        current = torch.cuda.current_stream().cuda_stream  # another one in a capture
+        for i in streamed:
+            runtime.fetch_layer(i, stream=current)
+            runtime.release_layer(i, stream=current)
+
+    def fetch() -> None:
+        with replica.step(1, Mode.WAS):
+            fetch_all()
+
+    def ask() -> None:
+        with replica.step(1, Mode.CAS):
+            for i in streamed:
+                runtime.remote_compute(i, OP, x, stream=stream)
+
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "sidp_empty_step": (step, 1),
+        "sidp_fetch_release_local": (fetch_local, len(local)),
+    }
+    if context.on_gpu:  # on the host these calls do the work itself
+        calls["sidp_fetch_release"] = (fetch, len(streamed))
+        calls["sidp_remote_compute"] = (ask, len(streamed))
+        calls["sidp_replay_step"] = (replica.captured_by(1, Mode.WAS, fetch_all), 1)
+    return calls

@@ -1,0 +1,123 @@
+"""Steps over tokens: WaS and CaS with all replicas busy, all layers here, peers, and the floor under WaS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from sidp_runtime import Mode
+
+from ..event_ring import EventRing
+from ..harness import Bar, pairwise
+from ..layers import Replica, Weights, captured_call, open_replica
+from ..link import open_link
+from ..peers import RAW, process_group, transfer
+from ..rank import RankContext, Sample, Samples, Subject
+from ..timeline import record_timeline
+
+WAS_BAR = Bar(1.04, at_least=False, gpus=2)  # over max(all layers here, link floor)
+CAS_BAR = Bar(1.15, at_least=False, gpus=2)  # over all layers here, up to:
+CAS_BAR_TOKENS = 128
+
+
+def run(context: RankContext) -> None:
+    tokens = context.shape.step_tokens(context.quick)
+    buckets = tuple(count for count in tokens if count <= context.shape.cas_rows)
+    with open_replica(context, buckets=buckets) as replica:
+        link_s = _link_seconds(context, replica)
+        replica.verify()
+        offload = EventRing.from_pinned(replica)
+        for count in tokens:
+            _one_count(context, replica, count, link_s, offload)
+        if context.on_gpu:
+            record_timeline(replica, tokens[len(tokens) // 2])
+
+
+def _link_seconds(context: RankContext, replica: Replica) -> list[float]:
+    """Of one layer's bytes by the raw copy, all ranks at once: as the step has them."""
+    size, name = replica.layer_bytes, RAW[context.backend]
+    with open_link(context, size) as link:
+        everyone = set(range(context.world_size))
+        subject = transfer(context, link, name, context.peer, size, everyone, 0.02 if context.quick else 0.1)
+        samples = context.contest({name: subject})
+    context.record(samples, "link", "GB/s", lambda s: size / s / 1e9, higher_is_better=True)
+    return samples.seconds.get(name, [])
+
+
+def _one_count(context: RankContext, replica: Replica, count: int, link_s: list[float], offload: EventRing) -> None:
+    x = replica.rows(count)
+    sample_s = 0.05 if context.quick else 0.12
+
+    def subject(make: Callable[[], Callable[[], object]]) -> Subject:
+        def prepare() -> tuple[Sample, int]:
+            return context.sampled(make(), sample_s, most=30, warm=2)
+
+        return prepare
+
+    subjects = {"all_local": subject(lambda: lambda: replica.all_local(x))}
+    subjects["sidp_was"] = subject(lambda: lambda: replica.eager(x, Mode.WAS))
+    if context.on_gpu:
+        subjects["all_local_graph"] = subject(lambda: captured_call(context, lambda: replica.all_local(x)))
+        subjects["sidp_was_graph"] = subject(lambda: replica.captured(x, Mode.WAS))
+    if count <= context.shape.cas_rows:
+        subjects["sidp_cas"] = subject(lambda: lambda: replica.eager(x, Mode.CAS))
+        if context.on_gpu:
+            subjects["sidp_cas_graph"] = subject(lambda: replica.captured(x, Mode.CAS))
+    subjects["pinned_offload"] = subject(lambda: lambda: offload.step(x))
+    subjects["tensor_parallel"] = subject(lambda: _tensor_parallel(replica, count))
+    samples = context.contest(subjects)
+    context.synchronize()
+    replica.runtime.check()
+    parameters = {"tokens": count}
+    context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)
+    _ratios(context, samples, count, [s * len(replica.streamed) for s in link_s])
+
+
+def _ratios(context: RankContext, samples: Samples, count: int, floor: list[float]) -> None:
+    parameters = {"tokens": count}
+    for suffix in ("", "_graph"):
+        local = samples.seconds.get(f"all_local{suffix}")
+        if local is None:
+            continue
+        was, cas = (samples.seconds.get(f"sidp_{mode}{suffix}") for mode in ("was", "cas"))
+        if floor:
+            best = [max(pair) for pair in zip(local, floor, strict=True)]
+            context.figure("floor", f"floor{suffix}", "ms", parameters=parameters, samples=tuple(s * 1e3 for s in best))
+            if was is not None:
+                context.figure("over_floor", f"sidp_was{suffix}", "x", parameters=parameters, higher_is_better=False,
+                               samples=pairwise(was, best), bar=WAS_BAR)  # fmt: skip
+        if cas is not None:
+            context.figure("over_local", f"sidp_cas{suffix}", "x", parameters=parameters, higher_is_better=False,
+                           samples=pairwise(cas, local),
+                           bar=CAS_BAR if count <= CAS_BAR_TOKENS else None)  # fmt: skip
+
+
+def _tensor_parallel(replica: Replica, count: int) -> Callable[[], object]:
+    """The same layers cut over the ranks, all replicas' tokens in one batch, two all-reduces a layer."""
+    context, shape, world = replica.context, replica.shape, replica.context.world_size
+    process_group(context)
+
+    def cut(weights: Weights, part: int) -> dict[str, torch.Tensor]:
+        split = {"o": 1, "gate": 0, "up": 0, "down": 1, "qkv": 0}
+        return {name: weights[name].chunk(world, axis)[part] for name, axis in split.items()}
+
+    layers = [cut(weights, i % world) for i, weights in enumerate(replica.local_layers())]
+    start = replica.rows(count * world)
+    columns = shape.attention // world
+
+    def step() -> None:
+        x, residual = start[:, :columns], start[:, shape.attention :]
+        for w in layers:
+            rows = functional.linear(x, w["o"])
+            dist.all_reduce(rows)
+            residual = residual + rows
+            gated = functional.silu(functional.linear(residual, w["gate"])) * functional.linear(residual, w["up"])
+            rows = functional.linear(gated, w["down"])
+            dist.all_reduce(rows)
+            residual = residual + rows
+            x = functional.linear(residual, w["qkv"])[:, :columns]
+
+    return captured_call(context, step) if context.on_gpu else step

@@ -1,0 +1,47 @@
+"""Clocks of the GPU, through nvidia-ml-py where it is installed."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from .rank import RankContext
+
+MISSING = "no clock to read: the host backend has none, a GPU's needs nvidia-ml-py"
+_EVERY_S = 0.005
+
+
+@contextmanager
+def sm_clock_mhz(context: RankContext, medians: list[float]) -> Iterator[None]:
+    """Appends the median clock of this rank's GPU while the body ran, in MHz; nothing where it cannot be read."""
+    try:
+        nvml: Any = import_module("pynvml") if context.on_gpu else None
+    except ImportError:
+        nvml = None
+    if nvml is None:
+        yield
+        return
+    nvml.nvmlInit()
+    device = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(context.device).uuid}")
+    over = threading.Event()
+    seen: list[float] = []
+
+    def look() -> None:
+        while not over.wait(_EVERY_S):
+            seen.append(float(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if seen:
+        medians.append(statistics.median(seen))

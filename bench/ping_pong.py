@@ -1,0 +1,90 @@
+"""Round trips of one-sided puts and signals between ranks 0 and 1, by the peers' calls.
+
+Each rank's bytes of the link hold what it sends, then room for what it gets, then its signal word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from .link import Link
+from .peers import checked, current_stream
+from .rank import IDLE, RankContext, Sample, Subject, Unavailable, WrongDataError
+
+WORD = 64  # bytes kept for the signal
+_VALUES = 1 << 20
+Exchange = Callable[[int, int], None]  # (offset in the own bytes that is sent, signal value): put it, then signal
+Wait = Callable[[int], None]
+
+
+def nvshmem_put_signal(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:
+    """``nvshmemx_putmem_signal_on_stream`` and ``nvshmemx_signal_wait_until_on_stream``."""
+    try:
+        nvshmem: Any = import_module("nvshmem.bindings")
+    except ImportError as error:
+        raise Unavailable(f"nvshmem4py is not installed: {error}") from error
+    base, stream = link.own.data_ptr(), current_stream()
+    inbox, word = base + size, base + link.own.numel() - WORD
+    put = nvshmem.Signal_op.SIGNAL_SET
+    equal = nvshmem.Cmp_type.CMP_EQ
+
+    def send(offset: int, value: int) -> None:
+        nvshmem.putmem_signal_on_stream(inbox, base + offset, size, word, value, put, context.peer, stream)
+
+    return send, lambda value: nvshmem.signal_wait_until_on_stream(word, equal, value, stream)
+
+
+def memcpy_write_value(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:
+    """``cudaMemcpyAsync`` and ``cuStreamWriteValue64`` to the peer, ``cuStreamWaitValue64`` here."""
+    try:
+        driver: Any = import_module("cuda.bindings.driver")
+        runtime: Any = import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise Unavailable(f"cuda-bindings is not installed: {error}") from error
+    mine, theirs, stream = link.own.data_ptr(), link.remote[context.peer].data_ptr(), current_stream()
+    word, kind = link.own.numel() - WORD, runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+
+    def send(offset: int, value: int) -> None:
+        checked(runtime.cudaMemcpyAsync(theirs + size, mine + offset, size, kind, stream))
+        checked(driver.cuStreamWriteValue64(stream, theirs + word, value, 0))
+
+    return send, lambda value: checked(driver.cuStreamWaitValue64(stream, mine + word, value, 1))  # 1: equal
+
+
+def round_trips(
+    context: RankContext,
+    link: Link,
+    size: int,
+    make: Callable[[RankContext, Link, int], tuple[Exchange, Wait]],
+    counter: list[int],
+) -> Subject:
+    """Rank 0 sends its bytes, rank 1 sends back what it got. ``counter``: values below it have been used."""
+    counter[0] += _VALUES  # of this subject alone: another one that broke off on one rank does not shift them
+    value = counter[0]
+
+    def prepare() -> tuple[Sample, int]:
+        if context.rank > 1:
+            return IDLE
+        send, wait = make(context, link, size)
+
+        def trip() -> None:
+            nonlocal value
+            value += 1
+            if context.rank == 0:
+                send(0, value)
+                wait(value)
+            else:
+                wait(value)
+                send(size, value)
+
+        trip()
+        context.synchronize()
+        if context.rank == 0 and not torch.equal(link.own[size : 2 * size], link.own[:size]):
+            raise WrongDataError(f"{size} bytes did not come back as they were sent")
+        return (lambda n: context.time(trip, n, warm=2)), 100  # the same on both ranks, which need each other's trips
+
+    return prepare

@@ -1,0 +1,259 @@
+"""Inside a rank's process: meeting the others, timing, and handing figures to the program that started it."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sidp_runtime as sidp
+from sidp_runtime import _torch
+
+from .harness import OWN, Bar, Figure
+from .shapes import Shape
+
+SPIN_CYCLES = 6_000_000  # about 3 ms of one SM: longer than it takes to queue what is timed
+DEADLINE_MS = 30_000
+STORE_MS = 100_000  # ranks wait for each other's captures
+
+
+class Unavailable(Exception):
+    """A subject that this machine or these versions cannot run; the message says why."""
+
+
+class WrongDataError(Exception):
+    """A copy or a result differs from what it must be: its speed means nothing."""
+
+
+@dataclass
+class Samples:
+    """Of each subject: seconds of one iteration by repeat (the slowest rank's), or why there are none."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    missing: dict[str, tuple[str, str]] = field(default_factory=dict)  # subject -> status, reason
+
+    def failed(self, subject: str, answers: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether any rank's attempt failed; the worst is kept as the reason."""
+        bad = [answer for answer in answers if "status" in answer]
+        if bad:
+            worst = min(bad, key=lambda answer: str(answer["status"]))  # "error" before "unavailable"
+            self.missing[subject] = worst["status"], worst["reason"]
+            self.seconds.pop(subject, None)
+        return bool(bad)
+
+
+#: Seconds of one of so many iterations on this rank.
+Sample = Callable[[int], float]
+#: Makes ready, verifies, and gives the sample and how many iterations it should have at most.
+Subject = Callable[[], tuple[Sample, int]]
+#: Iterations of a rank that takes no part in a sample.
+IDLE: tuple[Sample, int] = (lambda _: 0.0, 1 << 30)
+
+
+def _attempt(name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": call()}
+    except Unavailable as why:
+        return {"status": "unavailable", "reason": str(why)}
+    except Exception as error:
+        traceback.print_exc()
+        own = name.startswith(OWN) or isinstance(error, WrongDataError)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return {"status": "error" if own else "unavailable", "reason": text}
+
+
+@dataclass
+class RankContext:
+    """What a case's ``run`` gets. Every method but ``time`` and the properties is collective."""
+
+    case: str
+    rank: int
+    world_size: int
+    backend: str
+    shape: Shape
+    quick: bool
+    token: str
+    port: int
+    rows: Path
+    num_gpus: int
+    _meetings: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.backend != "host"
+
+    @property
+    def peer(self) -> int:
+        return (self.rank + 1) % self.world_size
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.rank % self.num_gpus) if self.on_gpu else torch.device("cpu")
+
+    @property
+    def shares_gpu(self) -> bool:
+        return self.on_gpu and self.num_gpus < self.world_size
+
+    @property
+    def repeats(self) -> int:
+        return 3
+
+    @cached_property
+    def store(self) -> Any:
+        return _torch.connect_store("127.0.0.1", self.port, STORE_MS)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (JSON), by rank."""
+        self._meetings += 1
+        keys = [f"gather/{self._meetings}/{rank}" for rank in range(self.world_size)]
+        self.store.set(keys[self.rank], json.dumps(value))
+        return [json.loads(self.store.get(key)) for key in keys]
+
+    def meet(self) -> None:
+        self.gather(None)
+
+    @cached_property
+    def group(self) -> sidp.Group:
+        """The case's group."""
+        return sidp.Group(
+            self.rank,
+            self.world_size,
+            self.store,
+            backend=self.backend,
+            token=self.token,
+            deadline_ms=DEADLINE_MS,
+            device=self.device.index,
+        )
+
+    # --- Figures ----------------------------------------------------------------------------------------------------
+
+    def figure(self, metric: str, subject: str, unit: str, **arguments: Any) -> None:
+        """A row; rank 0's counts. ``arguments``: of ``Figure``."""
+        if self.rank == 0:
+            figure = Figure(self.case, metric, subject, unit, **arguments)
+            document = figure.to_json()
+            if figure.bar is not None:
+                document["bar_gpus"] = figure.bar.gpus
+            self._write(document)
+
+    def event(self, **values: Any) -> None:
+        """An entry of the report's timeline."""
+        self._write({"event": {"rank": self.rank, **values}})
+
+    def _write(self, document: dict[str, Any]) -> None:
+        with self.rows.with_name(f"{self.rows.stem}-{self.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(document) + "\n")
+
+    def contest(self, subjects: Mapping[str, Subject], *, ranks: Callable[[list[float]], float] = max) -> Samples:
+        """Prepares every subject and then samples each ``repeats`` times in turn.
+
+        ``ranks``: what stands for all ranks, by default the slowest. A peer that raises on any rank has no row but a
+        reason; what this package raises, and wrong data, is an error. Subjects do not use the context's collectives.
+        """
+        result = Samples()
+        ready: dict[str, tuple[Sample, int]] = {}
+        for name, prepare in subjects.items():
+            self.meet()
+            mine = _attempt(name, prepare)
+            answers = self.gather({**mine, "value": mine["value"][1] if "value" in mine else None})
+            if not result.failed(name, answers):
+                ready[name] = mine["value"][0], min(answer["value"] for answer in answers)
+        for _ in range(self.repeats):
+            for name, (sample, iterations) in list(ready.items()):
+                self.meet()
+                answers = self.gather(_attempt(name, lambda s=sample, n=iterations: s(n)))  # type: ignore[misc]
+                if result.failed(name, answers):
+                    del ready[name]
+                else:
+                    result.seconds.setdefault(name, []).append(ranks([answer["value"] for answer in answers]))
+        return result
+
+    def record(
+        self,
+        samples: Samples,
+        metric: str,
+        unit: str,
+        value: Callable[[float], float],
+        *,
+        higher_is_better: bool,
+        parameters: Mapping[str, int | str] | None = None,
+        bars: Mapping[str, Bar] | None = None,
+    ) -> None:
+        """Rows of a contest. ``value``: the metric of so many seconds an iteration."""
+        for name, seconds in samples.seconds.items():
+            self.figure(
+                metric,
+                name,
+                unit,
+                parameters=parameters or {},
+                samples=tuple(map(value, seconds)),
+                higher_is_better=higher_is_better,
+                bar=(bars or {}).get(name),
+            )
+        for name, (status, reason) in samples.missing.items():
+            self.figure(metric, name, unit, parameters=parameters or {}, status=status, reason=reason,
+                        higher_is_better=higher_is_better)  # fmt: skip
+
+    # --- Time -------------------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def time(self, call: Callable[[], object], iterations: int, *, spin: bool = False, warm: int = 1) -> float:
+        """Seconds of one of ``iterations`` calls that follow ``warm`` untimed ones without a pause.
+
+        On a GPU by events on the current stream. ``spin``: a kernel holds the stream until all is queued, so that the
+        host's pace does not count.
+        """
+        if not self.on_gpu:
+            for _ in range(warm):
+                call()
+            start = time.perf_counter()
+            for _ in range(iterations):
+                call()
+            return (time.perf_counter() - start) / iterations
+        self.synchronize()
+        return self.time_on_busy_device(call, iterations, spin=spin, warm=warm)
+
+    def time_on_busy_device(
+        self, call: Callable[[], object], iterations: int, *, spin: bool = False, warm: int = 1
+    ) -> float:
+        """``time`` on a GPU without waiting first for what other streams do."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        if spin:
+            torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        for _ in range(warm):
+            call()
+        begin.record()
+        for _ in range(iterations):
+            call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / iterations
+
+    def sampled(
+        self, call: Callable[[], object], sample_s: float, *, most: int = 300, spin: bool = False, warm: int = 1
+    ) -> tuple[Sample, int]:
+        """A subject's sample of repeated calls, and how many take about ``sample_s``."""
+        self.time(call, 1, spin=spin, warm=warm)
+        once = self.time(call, 1, spin=spin, warm=warm)
+        return lambda n: self.time(call, n, spin=spin, warm=warm), max(1, min(most, int(sample_s / max(once, 1e-9))))
+
+
+@contextmanager
+def on_own_stream(context: RankContext) -> Iterator[None]:
+    """Cases run on a stream of their own: the legacy default stream would wait for every other."""
+    if not context.on_gpu:
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(context.device)):  # type: ignore[no-untyped-call]
+        yield
