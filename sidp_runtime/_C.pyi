@@ -31,6 +31,7 @@ __all__: list[str] = [
     "graph_op",
     "load_torch",
     "make_backend",
+    "measure_copies",
     "measure_round_trip_us",
     "peer_layer",
     "predict_step_ms",
@@ -430,6 +431,16 @@ def make_backend(
     deadline_ms: typing.SupportsInt | typing.SupportsIndex = 30000,
     test_without_mappings: bool = False,
 ) -> Backend: ...
+def measure_copies(budget_ms: typing.SupportsInt | typing.SupportsIndex) -> dict[str, typing.Any]:
+    """
+    Measures copy-engine rates between the GPUs, for `budget_ms` in all; never raises for what is missing.
+
+    Keys: ``reason`` (why nothing was measured, "" when it was), ``rates`` (one dict for each ordered pair: ``src`` and
+    ``dst``, ordinals; ``direct``, dst maps the memory of src, else the copies go through host memory; ``gbps``, 1e9 bytes
+    a second, the best of several rounds of 64 MiB copies). It starts CUDA on every GPU and a driver that hangs hangs it:
+    for a process of its own.
+    """
+
 def measure_round_trip_us(rounds: typing.SupportsInt | typing.SupportsIndex) -> float:
     """
     Median microseconds of a round trip between two threads through the host backend's flags.

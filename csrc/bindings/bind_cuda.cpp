@@ -1,4 +1,5 @@
 #include "bindings.hpp"
+#include "cuda/copy_rates.hpp"
 #include "cuda/device_info.hpp"
 
 namespace py = pybind11;
@@ -40,6 +41,27 @@ py::typing::Dict<py::str, py::object> cuda_report() {
   return out;
 }
 
+py::typing::Dict<py::str, py::object> measure_copies(std::int64_t budget_ms) {
+  cuda::CopyRates found;
+  {
+    const py::gil_scoped_release unlocked;
+    found = cuda::measure_copies(std::chrono::milliseconds(budget_ms));
+  }
+  py::list rates;
+  for (const auto& rate : found.rates) {
+    py::dict entry;
+    entry["src"] = rate.src;
+    entry["dst"] = rate.dst;
+    entry["direct"] = rate.direct;
+    entry["gbps"] = rate.gbps;
+    rates.append(entry);
+  }
+  py::typing::Dict<py::str, py::object> out;
+  out["reason"] = found.reason;
+  out["rates"] = rates;
+  return out;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -51,6 +73,13 @@ Keys: ``compiled`` (this build has the CUDA part), ``compiled_version`` (of the 
 can), ``devices`` (one dict each: ordinal, name, uuid, memory_bytes, compute_capability, num_sms,
 num_async_engines, stream_mem_ops_64bit, stream_wait_value_nor, flush_remote_writes, and can_access_peer, a list
 of bool by ordinal). The driver is initialised: a process forked afterwards cannot use CUDA.)");
+  m.def("measure_copies", &measure_copies, py::arg("budget_ms"),
+        R"(Measures copy-engine rates between the GPUs, for `budget_ms` in all; never raises for what is missing.
+
+Keys: ``reason`` (why nothing was measured, "" when it was), ``rates`` (one dict for each ordered pair: ``src`` and
+``dst``, ordinals; ``direct``, dst maps the memory of src, else the copies go through host memory; ``gbps``, 1e9 bytes
+a second, the best of several rounds of 64 MiB copies). It starts CUDA on every GPU and a driver that hangs hangs it:
+for a process of its own.)");
 }
 
 }  // namespace sidp::bindings

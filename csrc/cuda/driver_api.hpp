@@ -35,6 +35,7 @@ struct Status {
   X(cuCtxPushCurrent)                 \
   X(cuCtxPopCurrent)                  \
   X(cuCtxGetStreamPriorityRange)      \
+  X(cuCtxEnablePeerAccess)            \
   X(cuMemGetInfo)                     \
   X(cuMemAlloc)                       \
   X(cuMemFree)                        \
@@ -44,6 +45,7 @@ struct Status {
   X(cuMemHostRegister)                \
   X(cuMemHostUnregister)              \
   X(cuMemcpyAsync)                    \
+  X(cuMemcpyPeerAsync)                \
   X(cuMemsetD8Async)                  \
   X(cuStreamCreateWithPriority)       \
   X(cuStreamDestroy)                  \

@@ -1,8 +1,11 @@
 // A stand-in for libcuda.so.1 with two devices, so that the CUDA report is tested without a GPU.
 // FAKE_CUDA_INIT gives the result of cuInit, FAKE_CUDA_DEVICES the device count, FAKE_CUDA_FAIL_ATTRIBUTE an
-// attribute that fails. With -DWITHOUT_UUID it is a driver that lacks a function.
+// attribute that fails. With -DWITHOUT_UUID it is a driver that lacks a function. A copy takes the time of 40 GB/s into
+// device 0, which maps the other, and of 20 GB/s into device 1, which does not; with FAKE_CUDA_HANG it never ends.
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 static int number(const char* name, int fallback) {
   const char* text = getenv(name);
@@ -86,17 +89,59 @@ int cuDeviceCanAccessPeer(int* can_access, int device, int peer) {
   return 0;
 }
 
-// The GPU backend's functions: there, and never called by the report.
+// What the measurement of copies calls. A context is its device's ordinal plus one.
+static long current = 0;
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = (void*)(long)(device + 1);
+  return 0;
+}
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  (void)device;
+  return 0;
+}
+int cuCtxPushCurrent_v2(void* context) {
+  if (current != 0) return 201;
+  current = (long)context;
+  return 0;
+}
+int cuCtxPopCurrent_v2(void** context) {
+  *context = (void*)current;
+  current = 0;
+  return 0;
+}
+int cuCtxEnablePeerAccess(void* peer, unsigned flags) {
+  (void)flags;
+  return current == 1 && (long)peer == 2 ? 0 : 217;
+}
+int cuMemAlloc_v2(unsigned long long* memory, size_t bytes) {
+  *memory = 0x1000;
+  if (current == 0) return 201;
+  return number("FAKE_CUDA_FULL", 0) && bytes > 0 ? 2 : 0;
+}
+int cuMemFree_v2(unsigned long long memory) { return memory == 0x1000 ? 0 : 1; }
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+  (void)flags, (void)priority;
+  *stream = (void*)0x2000;
+  return current == 0 ? 201 : 0;
+}
+int cuStreamDestroy_v2(void* stream) { return stream == (void*)0x2000 ? 0 : 1; }
+int cuStreamSynchronize(void* stream) { return stream == (void*)0x2000 ? 0 : 1; }
+int cuMemcpyPeerAsync(unsigned long long dst, void* dst_context, unsigned long long src, void* src_context, size_t bytes,
+                      void* stream) {
+  (void)dst, (void)src, (void)stream;
+  if ((long)dst_context != current || dst_context == src_context) return 1;
+  while (number("FAKE_CUDA_HANG", 0)) sleep(1);
+  const struct timespec duration = {0, (long)((double)bytes / (current == 1 ? 40 : 20))};
+  nanosleep(&duration, NULL);
+  return 0;
+}
+
+// The GPU backend's functions: there, and never called here.
 #define NOT_CALLED(name) \
   int name(void) { return 999; }
-NOT_CALLED(cuDevicePrimaryCtxRetain)
-NOT_CALLED(cuDevicePrimaryCtxRelease_v2)
-NOT_CALLED(cuCtxPushCurrent_v2)
-NOT_CALLED(cuCtxPopCurrent_v2)
 NOT_CALLED(cuCtxGetStreamPriorityRange)
 NOT_CALLED(cuMemGetInfo_v2)
-NOT_CALLED(cuMemAlloc_v2)
-NOT_CALLED(cuMemFree_v2)
 NOT_CALLED(cuMemHostAlloc)
 NOT_CALLED(cuMemFreeHost)
 NOT_CALLED(cuMemHostGetDevicePointer_v2)
@@ -104,10 +149,7 @@ NOT_CALLED(cuMemHostRegister_v2)
 NOT_CALLED(cuMemHostUnregister)
 NOT_CALLED(cuMemcpyAsync)
 NOT_CALLED(cuMemsetD8Async)
-NOT_CALLED(cuStreamCreateWithPriority)
-NOT_CALLED(cuStreamDestroy_v2)
 NOT_CALLED(cuStreamQuery)
-NOT_CALLED(cuStreamSynchronize)
 NOT_CALLED(cuStreamWaitEvent)
 NOT_CALLED(cuStreamWaitValue32_v2)
 NOT_CALLED(cuStreamWriteValue32_v2)

@@ -77,12 +77,16 @@ def test_render_shows_devices_and_their_peers(monkeypatch: pytest.MonkeyPatch) -
         device | {"ordinal": 1, "can_access_peer": [False, True]},
     ]
     cuda = {"compiled": True, "compiled_version": "13.0", "driver": "13.1", "reason": "", "devices": devices}
+    probe = doctor.GpuProbe([], "no NVML here", [], "one GPU: nothing to measure", None)
     monkeypatch.setattr(doctor, "_extension", lambda: (doctor.ExtensionInfo("_C.so", ""), cuda))
+    monkeypatch.setattr(doctor, "probe_gpus", lambda library: probe)
     report = doctor.report()
     text = rendered(report)
     assert "Fake GPU [odd]" in text
     assert "80.0 GiB" in text
     assert "no peer" in text
+    assert "no NVML here" in text
+    assert "one GPU: nothing to measure" in text
     assert "a usable GPU" not in report.backends[1].reason
 
 

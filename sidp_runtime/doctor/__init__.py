@@ -1,7 +1,8 @@
 """What this machine can do, what is missing, and what to do about it (``sidp doctor``).
 
 ``report()`` only looks: it imports neither torch nor NVSHMEM, starts no backend and changes nothing. It does
-initialise the CUDA driver if there is one, so a process forked from this one afterwards cannot use CUDA.
+initialise the CUDA driver if there is one, so a process forked from this one afterwards cannot use CUDA. What starts
+CUDA on the GPUs, or may hang, is asked by a child process with a deadline (``gpus.py``).
 """
 
 from __future__ import annotations
@@ -14,28 +15,40 @@ import platform
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from . import config
+from .. import config
+from .display import bytes_text, render
+from .gpus import GpuProbe, probe_gpus
+from .records import (
+    PACKAGES,
+    REQUIRED_PACKAGES,
+    BackendInfo,
+    CudaInfo,
+    DoctorReport,
+    ExtensionInfo,
+    Finding,
+    MachineInfo,
+    NvshmemInfo,
+)
 
-#: Distribution -> why it is of use. The first two are needed by everything.
-PACKAGES = {
-    "torch": "tensors",
-    "numpy": "loading",
-    "safetensors": "checkpoints",
-    "transformers": "sidp generate",
-    "accelerate": "sidp generate",
-    "gguf": "GGUF checkpoints",
-}
-REQUIRED_PACKAGES = ("torch", "numpy")
+__all__ = [
+    "BackendInfo",
+    "CudaInfo",
+    "DoctorReport",
+    "ExtensionInfo",
+    "Finding",
+    "GpuProbe",
+    "MachineInfo",
+    "NvshmemInfo",
+    "render",
+    "report",
+]
 
 #: /dev/shm below this many bytes holds no useful pool; Docker's default is 64 MiB.
 SMALL_SHM_BYTES = 1 << 30
@@ -50,89 +63,6 @@ NVSHMEM_DIRS = (
     "/usr/local/nvshmem/lib",
     "/opt/nvshmem/lib",
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that stands in the way: ``level`` is "error" (host backend unusable) or "warning"."""
-
-    level: str
-    what: str
-    do: str
-
-
-@dataclass(frozen=True)
-class ExtensionInfo:
-    """The compiled module: its file and backends, or the reason why it does not import."""
-
-    file: str | None
-    error: str
-    backends: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class MachineInfo:
-    """Cores and bytes that this process may use, limits of its container included."""
-
-    system: str
-    cores: int
-    cpu_quota: float | None  # cores' worth of time a container may use; None: no limit
-    memory_bytes: int
-    memory_available_bytes: int
-    shm_bytes: int | None  # None: no /dev/shm
-    shm_free_bytes: int | None
-    memcpy_gbps: float  # one thread, GB/s of bytes copied (each is read once and written once)
-
-
-@dataclass(frozen=True)
-class CudaInfo:
-    """``report`` is ``_C.cuda_report()`` (None without the module); ``kernel_driver`` e.g. "580.95.05"."""
-
-    report: dict[str, Any] | None
-    kernel_driver: str | None
-
-
-@dataclass(frozen=True)
-class NvshmemInfo:
-    """NVSHMEM as found on disk; nothing of it is imported or loaded."""
-
-    library: str | None
-    library_version: str | None  # of the pip package that ships it
-    nvshmem4py_version: str | None
-    disable_nvls: str | None  # NVSHMEM_DISABLE_NVLS as set for this process
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """A backend, and why it cannot be used ("" when it can)."""
-
-    name: str
-    available: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class DoctorReport:
-    """All of it as plain data."""
-
-    version: str
-    python: str
-    packages: dict[str, str | None]  # None: not installed
-    extension: ExtensionInfo
-    machine: MachineInfo
-    cuda: CudaInfo
-    nvshmem: NvshmemInfo
-    backends: list[BackendInfo]
-    findings: list[Finding]
-
-    @property
-    def exit_code(self) -> int:
-        """0 when the host backend can be used, else 1."""
-        return 0 if any(b.name == "host" and b.available for b in self.backends) else 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as dicts, lists and plain values that ``json.dumps`` takes."""
-        return asdict(self)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -269,7 +199,7 @@ def _findings(extension: ExtensionInfo, packages: dict[str, str | None], shm: tu
             )
         )
     elif shm[1] < SMALL_SHM_BYTES:
-        total, free = (_bytes_text(n) for n in shm)
+        total, free = (bytes_text(n) for n in shm)
         findings.append(
             Finding(
                 "warning",
@@ -281,7 +211,11 @@ def _findings(extension: ExtensionInfo, packages: dict[str, str | None], shm: tu
 
 
 def report() -> DoctorReport:
-    """Look at this machine. Takes about a third of a second; never raises for what is missing."""
+    """Look at this machine; never raises for what is missing.
+
+    Takes about a third of a second; with GPUs a second of copies more and the start of CUDA on each of them, 20 s at
+    the most.
+    """
     packages = {name: installed_version(name) for name in PACKAGES}
     extension, cuda_report = _extension()
     shm = _shm_bytes()
@@ -289,6 +223,9 @@ def report() -> DoctorReport:
     errors = "; ".join(finding.what for finding in findings if finding.level == "error")
     cuda = CudaInfo(cuda_report, _kernel_driver())
     nvshmem = _nvshmem()
+    gpus = probe_gpus(nvshmem.library) if cuda_report is not None and cuda_report["devices"] else None
+    if gpus is not None and gpus.nvshmem_version is not None:
+        nvshmem = replace(nvshmem, library_version=gpus.nvshmem_version)
     gpu_reason = _nvshmem_reason(cuda, nvshmem, "nvshmem" in extension.backends)
     return DoctorReport(
         version=installed_version("sidp_runtime") or "not installed",
@@ -298,96 +235,10 @@ def report() -> DoctorReport:
         machine=_machine(shm),
         cuda=cuda,
         nvshmem=nvshmem,
+        gpus=gpus,
         backends=[
             BackendInfo("host", not errors, errors),
             BackendInfo("nvshmem", not gpu_reason, gpu_reason),
         ],
         findings=findings,
     )
-
-
-def _bytes_text(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
-
-
-def render(report: DoctorReport, console: Console | None = None) -> None:
-    """Print the report for people; ``console`` defaults to standard output."""
-    console = console or Console()
-    facts = Table(title=f"sidp_runtime {report.version}", show_header=False, title_justify="left")
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in _facts(report):
-        facts.add_row(name, Text(value))
-    console.print(facts)
-    if report.cuda.report and report.cuda.report["devices"]:
-        console.print(_device_table(report.cuda.report["devices"]))
-    backends = Table("backend", "usable", "why not", title="Backends", title_justify="left")
-    for backend in report.backends:
-        usable = Text("yes", style="green") if backend.available else Text("no", style="yellow")
-        backends.add_row(backend.name, usable, Text(backend.reason))
-    console.print(backends)
-    for finding in report.findings:
-        style = "red" if finding.level == "error" else "yellow"
-        console.print(Text.assemble((f"{finding.level}: ", style), finding.what, "\n  do: ", finding.do))
-
-
-def _facts(report: DoctorReport) -> list[tuple[str, str]]:
-    machine, nvshmem, cuda = report.machine, report.nvshmem, report.cuda.report
-    quota = "" if machine.cpu_quota is None else f", time of {machine.cpu_quota:g} by the container's limit"
-    shm = "missing"
-    if machine.shm_bytes is not None and machine.shm_free_bytes is not None:
-        shm = f"{_bytes_text(machine.shm_free_bytes)} free of {_bytes_text(machine.shm_bytes)}"
-    rows = [("Python", report.python)]
-    rows += [(name, version or f"not installed ({PACKAGES[name]})") for name, version in report.packages.items()]
-    rows += [
-        ("extension", report.extension.file or f"does not import: {report.extension.error}"),
-        ("system", machine.system),
-        ("cores", f"{machine.cores}{quota}"),
-        (
-            "memory",
-            f"{_bytes_text(machine.memory_available_bytes)} available of {_bytes_text(machine.memory_bytes)}",
-        ),
-        (str(SHM_DIR), shm),
-        ("locked memory", "not needed"),
-        ("memcpy, one thread", f"{machine.memcpy_gbps:.1f} GB/s"),
-    ]
-    if cuda is not None:
-        part = f"built with CUDA {cuda['compiled_version']} headers" if cuda["compiled"] else "not built"
-        driver = f"supports CUDA {cuda['driver']}" if cuda["driver"] else "not loaded"
-        kernel = f" (kernel module {report.cuda.kernel_driver})" if report.cuda.kernel_driver else ""
-        rows += [("CUDA part", part), ("NVIDIA driver", driver + kernel)]
-        rows.append(("GPUs", cuda["reason"] or str(len(cuda["devices"]))))
-    version = f" ({nvshmem.library_version})" if nvshmem.library_version else ""
-    rows.append(("NVSHMEM", f"{nvshmem.library}{version}" if nvshmem.library else "no library found"))
-    rows.append(("nvshmem4py", nvshmem.nvshmem4py_version or "not installed"))
-    rows.append(("NVSHMEM_DISABLE_NVLS", nvshmem.disable_nvls or "not set"))
-    return rows
-
-
-def _device_table(devices: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "GPU",
-        "name",
-        "memory",
-        "sm",
-        "SMs",
-        "copy engines",
-        "64-bit stream waits",
-        "reaches",
-        title="GPUs",
-        title_justify="left",
-    )
-    for device in devices:
-        major, minor = device["compute_capability"]
-        peers = [str(i) for i, reach in enumerate(device["can_access_peer"]) if reach and i != device["ordinal"]]
-        table.add_row(
-            str(device["ordinal"]),
-            Text(device["name"]),
-            _bytes_text(device["memory_bytes"]),
-            f"{major}.{minor}",
-            str(device["num_sms"]),
-            str(device["num_async_engines"]),
-            "yes" if device["stream_mem_ops_64bit"] else "no",
-            ", ".join(peers) or "no peer",
-        )
-    return table
