@@ -65,6 +65,11 @@ class Emulation final : public EmulatedGpu {
   void set_total(std::size_t bytes) override { look_up<void(std::size_t)>(cuda_, "emulator_set_total")(bytes); }
   void take(std::int64_t bytes) override { look_up<void(std::int64_t)>(cuda_, "emulator_use")(bytes); }
   void fail_launches() override { look_up<void(bool)>(cuda_, "emulator_fail_graph_launch")(true); }
+  void in_capture(const std::function<void()>& calls) override {
+    begin_capture(CU_STREAM_CAPTURE_MODE_GLOBAL);
+    calls();  // in this thread's own mode: no ContextScope here
+    end_capture();
+  }
   void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
   void hold_context() override { look_up<void(CUstream)>(cuda_, "emulator_hold_context")(current_); }
   [[nodiscard]] WorkloadHooks hooks() override;
@@ -93,15 +98,20 @@ class Emulation final : public EmulatedGpu {
          "cuLaunchHostFunc");
   }
 
+  void begin_capture(CUstreamCaptureMode mode) {
+    must(look_up<BeginCapture>(cuda_, "cuStreamBeginCapture_v2")(current_, mode), "begin");
+  }
+  CUgraph end_capture() {
+    CUgraph graph = nullptr;
+    must(look_up<EndCapture>(cuda_, "cuStreamEndCapture")(current_, &graph), "end");
+    return graph;
+  }
   CUgraphExec captured(const std::function<void()>& calls) {
     const sidp::nvshmem::ContextScope scope(*device_);
-    CUgraph graph = nullptr;
     CUgraphExec executable = nullptr;
-    must(look_up<BeginCapture>(cuda_, "cuStreamBeginCapture_v2")(current_, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL),
-         "begin");
+    begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
     calls();
-    must(look_up<EndCapture>(cuda_, "cuStreamEndCapture")(current_, &graph), "end");
-    must(device_->api().cuGraphInstantiate(&executable, graph, 0), "cuGraphInstantiate");
+    must(device_->api().cuGraphInstantiate(&executable, end_capture(), 0), "cuGraphInstantiate");
     return executable;
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 
 #include "workload.hpp"
@@ -21,7 +22,9 @@ class EmulatedGpu {
   // Ops of captured graphs in the place of the given ones, and their capture once the runtime is made.
   virtual std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const = 0;
   virtual void capture(Runtime& runtime, const std::vector<Op>& plain) = 0;
-  [[nodiscard]] virtual int num_pieces() const = 0;      // allocations on the symmetric heap
+  [[nodiscard]] virtual int num_pieces() const = 0;  // allocations on the symmetric heap
+  // Runs it while a stream is captured in a mode that forbids calls to all threads; the capture must come through.
+  virtual void in_capture(const std::function<void()>& calls) = 0;
   [[nodiscard]] virtual int num_registered() const = 0;  // pieces of local memory
   virtual void wait() = 0;                               // for the streams
   virtual void finish() = 0;                             // waits, then throws what a check on them found

@@ -142,6 +142,7 @@ class RankProcess {
       if (what == "steps") runtime.check();
     }
     report(runtime.stats());
+    if (number("close_in_capture", 0) != 0) gpu_->in_capture([&] { runtime.close(); });
     runtime.close();
     if (gpu_) note("still_registered", gpu_->num_registered());
     note("freed", backend->close() ? 1 : 0);

@@ -221,6 +221,16 @@ TEST(GpuBackend, CloseInAStepComesBack) {
   }
 }
 
+TEST(GpuBackend, CloseWhileAStreamIsCapturedLeavesBothInOrder) {
+  RankGroup group(2, gpu({"mode=cas", "close_in_capture=1", "linger=1"}));
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "waiting");
+  group.set_mark("stop");
+  expect_all_finish(group, 2);
+  for (Rank rank = 0; rank < 2; ++rank)
+    EXPECT_LT(number(group.result(rank), "total_ms"), 10000) << "no deadline passed";
+}
+
 constexpr const char* kTotal = "total=1153433600";  // 1100 MiB: two of the heap's units of 512 MiB
 
 // Others take 200 MiB once the first pool is gone: its memory stays with NVSHMEM, and that is enough for the next ones.

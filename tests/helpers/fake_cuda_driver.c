@@ -140,6 +140,7 @@ int cuMemcpyPeerAsync(unsigned long long dst, void* dst_context, unsigned long l
 // The GPU backend's functions: there, and never called here.
 #define NOT_CALLED(name) \
   int name(void) { return 999; }
+NOT_CALLED(cuThreadExchangeStreamCaptureMode)
 NOT_CALLED(cuCtxGetStreamPriorityRange)
 NOT_CALLED(cuMemGetInfo_v2)
 NOT_CALLED(cuMemHostAlloc)

@@ -17,9 +17,12 @@ Device::Device(int ordinal) : api_(cuda::driver_api()), ordinal_(ordinal) {
 Device::~Device() { api_.cuDevicePrimaryCtxRelease(device_); }
 
 ContextScope::ContextScope(const Device& device) noexcept
-    : device_(device), pushed_(device.api_.cuCtxPushCurrent(device.context_) == CUDA_SUCCESS) {}
+    : device_(device), pushed_(device.api_.cuCtxPushCurrent(device.context_) == CUDA_SUCCESS) {
+  device.api_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
+}
 
 ContextScope::~ContextScope() {
+  device_.api_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
   CUcontext popped = nullptr;
   if (pushed_) device_.api_.cuCtxPopCurrent(&popped);
 }

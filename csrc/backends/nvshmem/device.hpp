@@ -32,7 +32,8 @@ class Device {
 };
 
 // The device's context is the calling thread's while this lives; then again the one that was before. So a caller who
-// works on several devices finds his own as he left it.
+// works on several devices finds his own as he left it. Meanwhile a capture, of whatever thread, forbids this one no
+// call on streams that are not being captured: a pool may be closed or collected while an engine captures.
 class ContextScope {
  public:
   explicit ContextScope(const Device& device) noexcept;  // a failure is that of the next call
@@ -43,6 +44,7 @@ class ContextScope {
  private:
   const Device& device_;
   bool pushed_;
+  CUstreamCaptureMode capture_mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // what the thread's mode is exchanged for
 };
 
 // Does not wait for the default stream. Destroying it does not wait either.

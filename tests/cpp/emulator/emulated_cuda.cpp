@@ -18,16 +18,11 @@
 #include <thread>
 #include <vector>
 
+#include "emulated_work.hpp"
+
 namespace {
 
-using Work = std::function<void()>;
-
-template <typename Word>
-std::atomic_ref<Word> atomic(CUdeviceptr address) {
-  return std::atomic_ref<Word>(*reinterpret_cast<Word*>(address));
-}
-
-void nap() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
+using namespace sidp::emulator;
 
 struct Graph {
   std::vector<Work> nodes;
@@ -40,6 +35,7 @@ struct Stream {
   bool busy = false;
   bool destroyed = false;
   Graph* capturing = nullptr;
+  bool global_capture = false;
 
   void run() {
     std::unique_lock lock(mutex);
@@ -71,6 +67,8 @@ struct State {
   std::size_t total = std::size_t{80} << 30, used = 0;
   std::uintptr_t next_stream = 0x1000;
   std::atomic<bool> fail_graph_launch = false;
+  std::atomic<int> global_captures = 0;  // that forbid calls to every thread
+  std::atomic<bool> capture_broken = false;
   std::recursive_mutex context;  // what a call that waits for the device holds
 };
 
@@ -82,7 +80,15 @@ State& state() {
 // A thread's stack of contexts is its height here, as there is but one. Static storage: memory that a library's
 // thread-local objects take dynamically is freed where ThreadSanitizer cannot see it.
 __attribute__((tls_model("initial-exec"))) thread_local int pushed = 0;
+__attribute__((tls_model("initial-exec"))) thread_local CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 const CUcontext kContext = reinterpret_cast<CUcontext>(0x10);
+
+// A call that a capture of mode GLOBAL forbids to threads that did not opt out, and which breaks that capture.
+bool forbidden() {
+  if (state().global_captures == 0 || mode == CU_STREAM_CAPTURE_MODE_RELAXED) return false;
+  state().capture_broken = true;
+  return true;
+}
 
 std::shared_ptr<Stream> find(CUstream handle) {
   const std::lock_guard lock(state().mutex);
@@ -104,57 +110,6 @@ CUresult enqueue(CUstream handle, Work work) {
   }
   return CUDA_SUCCESS;
 }
-
-Work wait_value(CUdeviceptr address, std::uint32_t value, unsigned flags) {
-  return [=] {
-    const auto met = [=] {
-      const std::uint32_t seen = atomic<std::uint32_t>(address).load(std::memory_order_acquire);
-      return flags == CU_STREAM_WAIT_VALUE_EQ ? seen == value : static_cast<std::int32_t>(seen - value) >= 0;
-    };
-    while (!met()) nap();
-  };
-}
-
-Work write_value(CUdeviceptr address, std::uint32_t value) {
-  return [=] { atomic<std::uint32_t>(address).store(value, std::memory_order_release); };
-}
-
-template <typename Value>
-Value argument(void** arguments, int index) {
-  return *static_cast<Value*>(arguments[index]);
-}
-
-Work put(void** a) {
-  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3);
-  const auto bytes = argument<std::uint64_t>(a, 2);
-  const auto value = argument<std::uint32_t>(a, 4);
-  return [=] {
-    std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
-    if (word != 0) write_value(word, value)();
-  };
-}
-
-Work take(void** a) {
-  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
-             request = argument<CUdeviceptr>(a, 4), counts = argument<CUdeviceptr>(a, 7),
-             counts_host = argument<CUdeviceptr>(a, 8), failed_host = argument<CUdeviceptr>(a, 9);
-  const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 5),
-             sent = argument<std::uint64_t>(a, 6);
-  return [=] {
-    const bool failed = atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
-    if (!failed) std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
-    write_value(flag, 0)();
-    write_value(request, 0)();
-    if (failed) atomic<std::uint64_t>(failed_host).store(1);
-    const std::uint64_t more[] = {1, rows, sent};
-    for (int i = 2; i >= 0; --i) {  // answers last
-      auto* const count = reinterpret_cast<std::uint64_t*>(counts) + i;
-      atomic<std::uint64_t>(counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
-    }
-  };
-}
-
-constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take";
 
 }  // namespace
 
@@ -211,6 +166,10 @@ EMULATED CUresult cuCtxPopCurrent(CUcontext* context) {
   *context = kContext;
   return CUDA_SUCCESS;
 }
+EMULATED CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* exchanged) {
+  std::swap(*exchanged, mode);
+  return CUDA_SUCCESS;
+}
 EMULATED CUresult cuCtxGetStreamPriorityRange(int* lowest, int* highest) {
   *lowest = 0, *highest = -5;
   return CUDA_SUCCESS;
@@ -223,6 +182,7 @@ EMULATED CUresult cuMemGetInfo(std::size_t* free, std::size_t* total) {
   return pushed == 0 ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
 }
 EMULATED CUresult cuMemAlloc(CUdeviceptr* memory, std::size_t bytes) {
+  if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const std::lock_guard lock(state().mutex);
   if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
   if (bytes > state().total - state().used) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -231,6 +191,7 @@ EMULATED CUresult cuMemAlloc(CUdeviceptr* memory, std::size_t bytes) {
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuMemFree(CUdeviceptr memory) {
+  if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const std::lock_guard lock(state().mutex);
   const auto found = state().memory.find(memory);
   if (found == state().memory.end()) return CUDA_ERROR_INVALID_VALUE;
@@ -244,6 +205,7 @@ EMULATED CUresult cuMemHostAlloc(void** memory, std::size_t bytes, unsigned) {
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuMemFreeHost(void* memory) {
+  if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   std::free(memory);
   return CUDA_SUCCESS;
 }
@@ -285,6 +247,7 @@ EMULATED CUresult cuStreamDestroy(CUstream handle) {
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuStreamQuery(CUstream handle) {
+  if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const auto stream = find(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   const std::lock_guard lock(stream->mutex);
@@ -320,6 +283,7 @@ EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
   return enqueue(stream, [event, number = ++event->recorded] { event->done = number; });
 }
 EMULATED CUresult cuEventQuery(CUevent handle) {
+  if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const auto* const event = reinterpret_cast<Event*>(handle);
   return event->done >= event->recorded ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
@@ -350,11 +314,13 @@ EMULATED CUresult cuLaunchKernel(CUfunction function, unsigned, unsigned, unsign
 EMULATED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void* data) {
   return enqueue(stream, [=] { function(data); });
 }
-EMULATED CUresult cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode) {
+EMULATED CUresult cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode how) {
   const auto stream = find(handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   const std::lock_guard lock(stream->mutex);
   stream->capturing = new Graph;
+  stream->global_capture = how == CU_STREAM_CAPTURE_MODE_GLOBAL;
+  if (stream->global_capture) ++state().global_captures;
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
@@ -363,7 +329,9 @@ EMULATED CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
   const std::lock_guard lock(stream->mutex);
   *graph = reinterpret_cast<CUgraph>(stream->capturing);
   stream->capturing = nullptr;
-  return CUDA_SUCCESS;
+  if (!stream->global_capture) return CUDA_SUCCESS;
+  --state().global_captures;
+  return state().capture_broken ? CUDA_ERROR_STREAM_CAPTURE_INVALIDATED : CUDA_SUCCESS;
 }
 EMULATED CUresult cuGraphDestroy(CUgraph graph) {
   delete reinterpret_cast<Graph*>(graph);

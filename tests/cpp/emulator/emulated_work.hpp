@@ -1,0 +1,76 @@
+// What the emulated device's streams carry out: memory operations, and what the two kernels of
+// csrc/backends/nvshmem/kernels.cu do.
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <thread>
+
+namespace sidp::emulator {
+
+using Work = std::function<void()>;
+
+template <typename Word>
+std::atomic_ref<Word> atomic(CUdeviceptr address) {
+  return std::atomic_ref<Word>(*reinterpret_cast<Word*>(address));
+}
+
+inline void nap() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
+
+inline Work wait_value(CUdeviceptr address, std::uint32_t value, unsigned flags) {
+  return [=] {
+    const auto met = [=] {
+      const std::uint32_t seen = atomic<std::uint32_t>(address).load(std::memory_order_acquire);
+      return flags == CU_STREAM_WAIT_VALUE_EQ ? seen == value : static_cast<std::int32_t>(seen - value) >= 0;
+    };
+    while (!met()) nap();
+  };
+}
+
+inline Work write_value(CUdeviceptr address, std::uint32_t value) {
+  return [=] { atomic<std::uint32_t>(address).store(value, std::memory_order_release); };
+}
+
+template <typename Value>
+Value argument(void** arguments, int index) {
+  return *static_cast<Value*>(arguments[index]);
+}
+
+inline Work put(void** a) {
+  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3);
+  const auto bytes = argument<std::uint64_t>(a, 2);
+  const auto value = argument<std::uint32_t>(a, 4);
+  return [=] {
+    std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+    if (word != 0) write_value(word, value)();
+  };
+}
+
+inline Work take(void** a) {
+  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
+             request = argument<CUdeviceptr>(a, 4), counts = argument<CUdeviceptr>(a, 7),
+             counts_host = argument<CUdeviceptr>(a, 8), failed_host = argument<CUdeviceptr>(a, 9);
+  const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 5),
+             sent = argument<std::uint64_t>(a, 6);
+  return [=] {
+    const bool failed = atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
+    if (!failed) std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+    write_value(flag, 0)();
+    write_value(request, 0)();
+    if (failed) atomic<std::uint64_t>(failed_host).store(1);
+    const std::uint64_t more[] = {1, rows, sent};
+    for (int i = 2; i >= 0; --i) {  // answers last
+      auto* const count = reinterpret_cast<std::uint64_t*>(counts) + i;
+      atomic<std::uint64_t>(counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
+    }
+  };
+}
+
+inline constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take";
+
+}  // namespace sidp::emulator
