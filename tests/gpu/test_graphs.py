@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -101,3 +102,26 @@ def incomplete(context: RankContext) -> None:
 
 def test_a_capture_that_skips_layers_is_refused() -> None:
     run_ranks(incomplete, 2)
+
+
+def closed_in_a_capture(context: RankContext) -> float:
+    with open_replica(context, MODEL, backend="nvshmem", max_rows=ROWS, mode="auto") as replica:
+        replica.step(seed=1)
+        x = replica.rows(ROWS)
+        doubled = x * 2
+        torch.cuda.synchronize()
+        context.meet("stepped")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # forbids calls to every thread
+            y = x * 2
+            start = time.monotonic()
+            replica.runtime.close()
+            seconds = time.monotonic() - start
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, doubled)
+        return seconds
+
+
+def test_close_while_a_stream_is_captured_leaves_both_in_order() -> None:
+    assert max(run_ranks(closed_in_a_capture, 2)) < 5, "it waited for its deadline"
