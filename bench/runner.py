@@ -29,6 +29,7 @@ from .cases import CASES
 from .harness import Bar, Case, Figure, Report, render
 from .shapes import SHAPES, default_shape
 
+CASES_PACKAGE = f"{__package__}.cases"
 _GRACE_S = 3.0  # for the other ranks to end by themselves once one has failed
 _START_S = 60.0  # of a rank's start on a GPU: CUDA loads all kernels, NVSHMEM starts
 
@@ -112,7 +113,7 @@ def _run_case(case: Case, report: Report, world_size: int, quick: bool, gpus: in
         "num_gpus": gpus,
     }
     processes = [
-        _server.Process(target=_rank_main, args=(arguments | {"rank": rank},), daemon=True)
+        _server.Process(target=_rank_main, args=(CASES_PACKAGE, arguments | {"rank": rank}), daemon=True)
         for rank in range(world_size)
     ]
     try:
@@ -186,7 +187,7 @@ def _held_to(figure: Figure, bar: Bar, report: Report) -> Figure:
     return replace(figure, bar=bar if environment.num_gpus() >= bar.gpus or not bar.gpus else None)
 
 
-def _rank_main(arguments: dict[str, Any]) -> None:
+def _rank_main(cases: str, arguments: dict[str, Any]) -> None:
     folder = Path(arguments["rows"]).parent
     output = os.open(folder / f"{arguments['rank']}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -201,7 +202,7 @@ def _rank_main(arguments: dict[str, Any]) -> None:
             os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         torch.set_num_threads(1)
         context = RankContext(**arguments)
-        module = importlib.import_module(f"{__package__}.cases.{context.case}")
+        module = importlib.import_module(f"{cases}.{context.case}")
         if context.on_gpu:
             context.group  # noqa: B018 - chooses the device before anything starts CUDA
         gc.disable()  # a collection in a process with torch takes tens of milliseconds

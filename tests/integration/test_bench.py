@@ -1,0 +1,142 @@
+"""``sidp bench``: a run on the host backend, comparing, plotting, and what wrong data and hanging cases do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import bench.runner
+from bench.cases import CASES
+from bench.compare import compare
+from bench.harness import Bar, Case, Figure, Report
+from sidp_runtime.cli import app
+from sidp_runtime.errors import ConfigError
+
+
+def sidp(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a quick run of three cases."""
+    path = tmp_path_factory.mktemp("bench") / "results.json"
+    patterns = ["fetch", "step_boundary", "host_*"]
+    ran = sidp("run", "--quick", "--json", str(path), *(word for p in patterns for word in ("--case", p)))
+    assert ran.exit_code == 0, ran.output
+    return path
+
+
+def test_list_names_every_case() -> None:
+    text = sidp("list").output
+    assert all(case.key[:8] in text for case in CASES)
+    modules = {path.stem for path in (Path(bench.runner.__file__).parent / "cases").glob("*.py")} - {"__init__"}
+    assert modules == {case.key for case in CASES}
+
+
+def test_a_run_has_samples_of_every_repeat_beside_its_peers(results: Path) -> None:
+    report = Report.read(results)
+    rows = {figure.key: figure for figure in report.figures}
+    assert {figure.case for figure in report.figures} == {"fetch", "step_boundary", "host_cost"}
+    for subject in ("sidp", "memcpy", "gloo_broadcast", "gloo_all_gather"):
+        figure = rows[f"fetch/bandwidth/{subject} bytes=65536"]
+        assert len(figure.samples) == 3
+        assert min(figure.samples) > 0
+    assert rows["step_boundary/step/prefetch_in_step tokens=32"].status == "unavailable"
+    document = json.loads(results.read_text())
+    assert document["machine"]["processor"]
+    assert document["versions"]["torch"]
+    assert document["commit"]
+    assert document["cases"]["fetch"] | {"seconds": 0} == {
+        "world_size": 2,
+        "gpus": 0,
+        "shared_gpu": False,
+        "seconds": 0,
+    }
+    assert list(Path("/dev/shm").glob("sidp-bench-*")) == []
+
+
+def test_plot_writes_pictures(results: Path, tmp_path: Path) -> None:
+    report = Report.read(results)
+    entry = {"rank": 0, "tokens": 8, "layer": 0, "streamed": True, "start_ms": 0.0, "wait_ms": 1.0, "compute_ms": 2.0}
+    report.timeline = [entry, entry | {"rank": 1, "streamed": False}]
+    report.write(tmp_path / "with-timeline.json")
+    drawn = sidp("plot", str(tmp_path / "with-timeline.json"), "--out", str(tmp_path / "pictures"))
+    assert drawn.exit_code == 0, drawn.output
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["fetch.png", "step_boundary.png", "timeline.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def figure(subject: str, median: float, *, higher: bool = True, **arguments: Any) -> Figure:
+    return Figure("case", "metric", subject, "unit", {"bytes": 1}, (median,), higher, **arguments)
+
+
+def report(*figures: Figure) -> Report:
+    return Report("command", "host", "small", {"machine": {"name": "here"}}, list(figures))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (figure("a", 100.0), figure("a", 96.0), "ok"),
+        (figure("a", 100.0), figure("a", 94.0), "worse"),
+        (figure("a", 100.0, higher=False), figure("a", 94.0, higher=False), "ok"),
+        (figure("a", 100.0, higher=False), figure("a", 106.0, higher=False), "worse"),
+        (figure("a", 100.0), figure("b", 100.0), "missing"),
+        (figure("a", 100.0), dataclasses.replace(figure("a", 0), samples=(), status="unavailable"), "missing"),
+        (dataclasses.replace(figure("a", 0), samples=(), status="unavailable"), figure("a", 1.0), "new"),
+    ],
+)
+def test_compare_finds_slower_and_missing_rows(old: Figure, new: Figure, verdict: str) -> None:
+    result = compare(report(old), report(new), 0.05)
+    assert result.rows[0].verdict == verdict
+    assert result.passed == (verdict in ("ok", "new"))
+
+
+def test_compare_of_files(results: Path, tmp_path: Path) -> None:
+    assert sidp("compare", str(results), str(results)).exit_code == 0
+    slower = json.loads(results.read_text())
+    slower["figures"] = slower["figures"][1:]
+    (tmp_path / "other.json").write_text(json.dumps(slower))
+    found = sidp("compare", str(results), str(tmp_path / "other.json"), "--threshold", "0.05")
+    assert found.exit_code == 1
+    assert "missing" in found.output
+    (tmp_path / "none.json").write_text("{}")
+    assert "is no result of" in sidp("compare", str(results), str(tmp_path / "none.json")).stderr
+
+
+def run_own(monkeypatch: pytest.MonkeyPatch, key: str, **arguments: Any) -> Report:
+    monkeypatch.setattr(bench.runner, "CASES", (Case(key, "", "", **arguments),))
+    monkeypatch.setattr(bench.runner, "CASES_PACKAGE", "helpers.bench_cases")
+    return bench.runner.run(command="test", quick=True)
+
+
+def test_wrong_data_are_an_error_and_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = run_own(monkeypatch, "wrong_data").figures
+    assert (row.status, row.samples, row.passed) == ("error", (), False)
+    assert "did not arrive" in row.reason
+
+
+def test_a_case_that_hangs_is_killed_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, row = run_own(monkeypatch, "hangs", deadline_s=3).figures
+    assert kept.samples == (1.0,)
+    assert row.status == "error"
+    assert "killed after 3 s" in row.reason
+
+
+def test_a_missed_bar_fails() -> None:
+    assert not figure("a", 1.0, bar=Bar(2.0, at_least=True)).passed
+    assert figure("a", 1.0, bar=Bar(2.0, at_least=False)).passed
+
+
+def test_unknown_cases_and_usage() -> None:
+    with pytest.raises(ConfigError, match="no case is called nothing"):
+        bench.runner.select(["nothing"], "host")
+    assert sidp("run", "--backend", "smoke").exit_code == 1
+    assert sidp("run", "--case").exit_code == 2
