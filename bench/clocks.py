@@ -13,22 +13,17 @@ import torch
 
 from .rank import RankContext
 
-MISSING = "no clock to read: the host backend has none, a GPU's needs nvidia-ml-py"
+MISSING = "no clock to read: the host backend has none, a GPU's needs nvidia-ml-py and a driver that tells it"
 _EVERY_S = 0.005
 
 
 @contextmanager
 def sm_clock_mhz(context: RankContext, medians: list[float]) -> Iterator[None]:
     """Appends the median clock of this rank's GPU while the body ran, in MHz; nothing where it cannot be read."""
-    try:
-        nvml: Any = import_module("pynvml") if context.on_gpu else None
-    except ImportError:
-        nvml = None
+    nvml, device = _open(context)
     if nvml is None:
         yield
         return
-    nvml.nvmlInit()
-    device = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(context.device).uuid}")
     over = threading.Event()
     seen: list[float] = []
 
@@ -45,3 +40,21 @@ def sm_clock_mhz(context: RankContext, medians: list[float]) -> Iterator[None]:
         thread.join()
     if seen:
         medians.append(statistics.median(seen))
+
+
+def _open(context: RankContext) -> tuple[Any, Any]:
+    """NVML and this rank's GPU in it, or (None, None)."""
+    if not context.on_gpu:
+        return None, None
+    try:
+        nvml: Any = import_module("pynvml")
+    except ImportError:
+        return None, None
+    try:
+        nvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(context.device).uuid}"
+        device = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
+    except nvml.NVMLError:
+        return None, None
+    return nvml, device

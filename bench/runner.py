@@ -90,8 +90,9 @@ def run(
             )
         else:
             _run_case(case, report, ranks or case.world_size(gpus), quick, gpus, min(case.deadline_s, limit_s - spent))
-        took = report.ranks.get(case.key, {}).get("seconds", 0)
-        console.rule(f"{case.key} ({took:.1f} s)")
+        ran = report.ranks.get(case.key, {"seconds": 0.0, "shared_gpu": False, "world_size": 0})
+        shared = f", {ran['world_size']} ranks SHARE {gpus} GPU" if ran["shared_gpu"] else ""
+        console.rule(f"{case.key} ({ran['seconds']:.1f} s{shared})")
         render(report.figures[first:], console)
     return report
 
