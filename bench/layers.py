@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,11 @@ def block(w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def next_rows(shape: Shape, qkv: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The next block's input. In place of attention its first columns go on: no figure here includes attention."""
     return torch.cat([qkv[:, : shape.attention], residual], 1)
+
+
+def enough_layers(shape: Shape, world_size: int) -> Shape:
+    """The shape with two layers or more for each rank, equally many."""
+    return replace(shape, layers=max(shape.layers, 2 * world_size) // world_size * world_size)
 
 
 def layer_specs(shape: Shape) -> list[LayerSpec]:

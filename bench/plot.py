@@ -30,8 +30,17 @@ def write(report: Report, folder: Path) -> list[Path]:
         if rows:
             pictures.append((f"{case}.png", _lines(rows, "tokens", f"{case}, {where}", log_y=True)))
     rows = [f for f in measured if f.case == "incast"]
+    rows = [f for f in rows if f.parameters["ranks"] == max(f.parameters["ranks"] for f in rows)]
     if rows:
         pictures.append(("incast.png", _lines(rows, "pullers", f"incast, {where}", log_x=False)))
+    rows = [f for f in measured if f.case == "scale_steps" and f.metric in ("step", "floor")]
+    for tokens in sorted({f.parameters["tokens"] for f in rows}):
+        some = [f for f in rows if f.parameters["tokens"] == tokens]
+        title = f"steps of {tokens} tokens over ranks, {where}"
+        pictures.append((f"scale_steps_{tokens}.png", _lines(some, "ranks", title)))
+    rows = [f for f in measured if (f.case, f.metric) == ("scale_link", "aggregate")]
+    if rows:
+        pictures.append(("scale_link.png", _lines(rows, "ranks", f"all ranks pull at once, {where}")))
     if report.timeline:
         pictures.append(("timeline.png", _timeline(report.timeline, where)))
     if not pictures:
@@ -71,7 +80,7 @@ def _lines(rows: Iterable[Figure], parameter: str, title: str, *, log_x: bool = 
     ticks = sorted({int(f.parameters[parameter]) for f in rows})
     axes.set_xticks(ticks, [readable(parameter, tick) for tick in ticks], rotation=45)
     axes.set_xlabel(parameter)
-    axes.set_ylabel(f"{rows[0].metric}, {rows[0].unit}")
+    axes.set_ylabel(f"{rows[0].metric.replace('_', ' ')}, {rows[0].unit}")
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -84,6 +84,7 @@ class RankContext:
     port: int
     rows: Path
     num_gpus: int
+    group_s: float = 0.0
     _meetings: int = 0
 
     @property
@@ -122,8 +123,9 @@ class RankContext:
 
     @cached_property
     def group(self) -> sidp.Group:
-        """The case's group."""
-        return sidp.Group(
+        """The case's group; ``group_s`` is how long it took."""
+        start = time.perf_counter()
+        group = sidp.Group(
             self.rank,
             self.world_size,
             self.store,
@@ -132,6 +134,8 @@ class RankContext:
             deadline_ms=DEADLINE_MS,
             device=self.device.index,
         )
+        self.group_s = time.perf_counter() - start
+        return group
 
     # --- Figures ----------------------------------------------------------------------------------------------------
 

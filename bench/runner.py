@@ -33,16 +33,16 @@ CASES_PACKAGE = f"{__package__}.cases"
 _GRACE_S = 3.0  # for the other ranks to end by themselves once one has failed
 _START_S = 60.0  # of a rank's start on a GPU: CUDA loads all kernels, NVSHMEM starts
 
-# Ranks are forked from a server that has torch loaded and has not touched CUDA: they start in milliseconds.
+# Ranks are forked from a server that has torch loaded, capture of ops included, and has not touched CUDA.
 _server = multiprocessing.get_context("forkserver")
 
 
-def select(patterns: Sequence[str], backend: str) -> list[Case]:
+def select(patterns: Sequence[str], backend: str, table: Sequence[Case]) -> list[Case]:
     """The cases of a backend whose keys match a pattern. ``ConfigError`` for a pattern that matches none."""
-    if unknown := [p for p in patterns if not any(fnmatchcase(case.key, p) for case in CASES)]:
-        known = ", ".join(case.key for case in CASES)
+    if unknown := [p for p in patterns if not any(fnmatchcase(case.key, p) for case in table)]:
+        known = ", ".join(case.key for case in table)
         raise ConfigError(f"no case is called {', '.join(unknown)}; there are: {known}")
-    chosen = [c for c in CASES if not patterns or any(fnmatchcase(c.key, p) for p in patterns)]
+    chosen = [c for c in table if not patterns or any(fnmatchcase(c.key, p) for p in patterns)]
     if not (found := [case for case in chosen if backend in case.backends]):
         raise ConfigError(f"none of {', '.join(c.key for c in chosen)} runs on backend {backend!r}")
     return found
@@ -55,17 +55,19 @@ def run(
     backend: str = "host",
     quick: bool = False,
     shape: str | None = None,
-    ranks: int | None = None,
+    ranks: Sequence[int] = (),
+    table: Sequence[Case] = CASES,
     limit_s: float = 480,
     console: Console | None = None,
 ) -> Report:
     """Runs cases one after the other and prints each one's table when it is done.
 
-    ``limit_s``: a case that would begin after so long has error rows instead. ``ranks``: processes of each case, by
-    default what the case needs. Raises ``ConfigError``, and ``UnsupportedError`` if the backend cannot run here.
+    ``limit_s``: a case that would begin after so long has an error row instead. ``ranks``: counts of processes that
+    each case runs with, by default what it needs. Raises ``ConfigError``, and ``UnsupportedError`` where the backend
+    cannot run.
     """
     console = console or Console()
-    cases = select(patterns, backend)
+    cases = select(patterns, backend, table)
     gpus = 0
     if backend == "nvshmem":
         from sidp_runtime import _nvshmem
@@ -79,25 +81,24 @@ def run(
     if name not in SHAPES:
         raise ConfigError(f"there is no shape {name!r}; there are: {', '.join(SHAPES)}")
     report = Report(command, backend, name, environment.environment())
-    _server.set_forkserver_preload(["torch", "sidp_runtime.runtime", f"{__package__}.rank"])
+    _server.set_forkserver_preload(["torch", "torch._dynamo", "sidp_runtime.runtime", f"{__package__}.rank"])
     start = time.monotonic()
     for case in cases:
-        first = len(report.figures)
-        spent = time.monotonic() - start
-        if spent > limit_s:
-            report.figures.append(
-                Figure(case.key, "run", "case", "", status="error", reason=f"not begun: {spent:.0f} s were spent")
-            )
-        else:
-            _run_case(case, report, ranks or case.world_size(gpus), quick, gpus, min(case.deadline_s, limit_s - spent))
-        ran = report.ranks.get(case.key, {"seconds": 0.0, "shared_gpu": False, "world_size": 0})
-        shared = f", {ran['world_size']} ranks SHARE {gpus} GPU" if ran["shared_gpu"] else ""
-        console.rule(f"{case.key} ({ran['seconds']:.1f} s{shared})")
-        render(report.figures[first:], console)
+        for world_size in ranks or [case.world_size(gpus)]:
+            first, spent = len(report.figures), time.monotonic() - start
+            if spent > limit_s:
+                reason = f"not begun: {spent:.0f} s were spent"
+                report.figures.append(Figure(case.key, "run", "case", "", status="error", reason=reason))
+                continue
+            ran = _run_case(case, report, world_size, quick, gpus, min(case.deadline_s, limit_s - spent))
+            shared = f" that SHARE {gpus} GPU" if ran["shared_gpu"] else ""
+            console.rule(f"{case.key} ({ran['seconds']:.1f} s, {world_size} ranks{shared})")
+            render(report.figures[first:], console)
     return report
 
 
-def _run_case(case: Case, report: Report, world_size: int, quick: bool, gpus: int, deadline_s: float) -> None:
+def _run_case(case: Case, report: Report, world_size: int, quick: bool, gpus: int, deadline_s: float) -> dict[str, Any]:
+    """Its figures go to the report; what it says of the processes is also returned."""
     store, _, port = _torch.make_store_server()
     token = secrets.token_hex(16)
     folder = Path(tempfile.mkdtemp(prefix="sidp-bench-"))
@@ -139,12 +140,14 @@ def _run_case(case: Case, report: Report, world_size: int, quick: bool, gpus: in
         _C.unlink_segments(token, world_size)
         shutil.rmtree(folder, ignore_errors=True)
         del store
-    report.ranks[case.key] = {
+    ran = {
         "world_size": world_size,
         "gpus": gpus,
         "shared_gpu": 0 < gpus < world_size,
         "seconds": time.monotonic() - begin,
     }
+    report.ranks[case.key if case.key not in report.ranks else f"{case.key} ranks={world_size}"] = ran
+    return ran
 
 
 def _join(processes: Sequence[Any], deadline_s: float) -> set[int]:

@@ -6,14 +6,21 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .console import Debug, plain_errors
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 app = typer.Typer(help="Microbenchmarks, with every peer in the same run.", no_args_is_help=True)
 
+Backend = Annotated[str, typer.Option(help="host or nvshmem.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter samples.")]
+Shape = Annotated[Optional[str], typer.Option(help="Layers' shape: qwen3-32b, medium or small.")]  # noqa: UP045
+Limit = Annotated[float, typer.Option(min=1, help="Seconds for all cases together.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the figures here.")]  # noqa: UP045
 
 
@@ -40,11 +47,11 @@ def list_cases() -> None:
 @app.command()
 def run(
     case: Annotated[Optional[list[str]], typer.Option(help="Pattern of case keys; may be given again.")] = None,  # noqa: UP045
-    backend: Annotated[str, typer.Option(help="host or nvshmem.")] = "host",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter samples.")] = False,
-    shape: Annotated[Optional[str], typer.Option(help="Layers' shape: qwen3-32b, medium or small.")] = None,  # noqa: UP045
+    backend: Backend = "host",
+    quick: Quick = False,
+    shape: Shape = None,
     ranks: Annotated[Optional[int], typer.Option(min=2, help="Processes of each case.")] = None,  # noqa: UP045
-    limit: Annotated[float, typer.Option(min=1, help="Seconds for all cases together.")] = 480,
+    limit: Limit = 480,
     json_path: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -59,15 +66,47 @@ def run(
             backend=backend,
             quick=quick,
             shape=shape,
-            ranks=ranks,
+            ranks=[ranks] if ranks else (),
             limit_s=limit,
             console=console,
         )
-        if json_path is not None:
-            report.write(json_path)
-        if report.failures:
-            console.print(f"{len(report.failures)} of {len(report.figures)} figures failed or missed their bar")
-            raise typer.Exit(1)
+        _finish(report, json_path, console)
+
+
+@app.command()
+def scale(
+    backend: Backend = "host",
+    ranks: Annotated[Optional[int], typer.Option(min=2, help="Most processes. Default: one a GPU, or 8.")] = None,  # noqa: UP045
+    quick: Quick = False,
+    shape: Shape = None,
+    limit: Limit = 520,
+    json_path: Json = None,
+    debug: Debug = False,
+) -> None:
+    """The scaling run: links, steps and start-up with 2, 4, 8 ... ranks, beside the simulator's prediction."""
+    with plain_errors(debug):
+        from rich.console import Console
+
+        console = Console()
+        report = _bench("scale").scale(
+            command=" ".join(["sidp", *sys.argv[1:]]),
+            backend=backend,
+            ranks=ranks,
+            num_gpus=_bench("environment").num_gpus(),
+            quick=quick,
+            shape=shape,
+            limit_s=limit,
+            console=console,
+        )
+        _finish(report, json_path, console)
+
+
+def _finish(report: Any, json_path: Path | None, console: Console) -> None:
+    if json_path is not None:
+        report.write(json_path)
+    if report.failures:
+        console.print(f"{len(report.failures)} of {len(report.figures)} figures failed or missed their bar")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,7 +12,7 @@ def run(context: RankContext) -> None:
     name = RAW[context.backend]
     with open_link(context, size) as link:
         for pullers in range(1, context.world_size):
-            parameters = {"pullers": pullers, "bytes": size}
+            parameters = {"ranks": context.world_size, "pullers": pullers, "bytes": size}
             if not context.shares_gpu or context.num_gpus == 1 or pullers < context.num_gpus:
                 who = set(range(1, pullers + 1))
                 subject = transfer(context, link, name, 0, size, who, 0.01 if context.quick else 0.1)

@@ -11,9 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import bench.runner
+import bench.scale
 from bench.cases import CASES
 from bench.compare import compare
 from bench.harness import Bar, Case, Figure, Report
+from bench.scale import SCALE_CASES, worlds
 from sidp_runtime.cli import app
 from sidp_runtime.errors import ConfigError
 
@@ -36,7 +38,7 @@ def test_list_names_every_case() -> None:
     text = sidp("list").output
     assert all(case.key[:8] in text for case in CASES)
     modules = {path.stem for path in (Path(bench.runner.__file__).parent / "cases").glob("*.py")} - {"__init__"}
-    assert modules == {case.key for case in CASES}
+    assert modules == {case.key for case in (*CASES, *SCALE_CASES)}
 
 
 def test_a_run_has_samples_of_every_repeat_beside_its_peers(results: Path) -> None:
@@ -112,9 +114,8 @@ def test_compare_of_files(results: Path, tmp_path: Path) -> None:
 
 
 def run_own(monkeypatch: pytest.MonkeyPatch, key: str, **arguments: Any) -> Report:
-    monkeypatch.setattr(bench.runner, "CASES", (Case(key, "", "", **arguments),))
     monkeypatch.setattr(bench.runner, "CASES_PACKAGE", "helpers.bench_cases")
-    return bench.runner.run(command="test", quick=True)
+    return bench.runner.run(command="test", quick=True, table=[Case(key, "", "", **arguments)])
 
 
 def test_wrong_data_are_an_error_and_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +136,23 @@ def test_a_missed_bar_fails() -> None:
     assert figure("a", 1.0, bar=Bar(2.0, at_least=False)).passed
 
 
+def test_the_scaling_run_doubles_its_ranks(tmp_path: Path) -> None:
+    assert [worlds(most) for most in (2, 4, 6, 8)] == [[2], [2, 4], [2, 4, 6], [2, 4, 8]]
+    bench.scale.scale(backend="host", ranks=3, num_gpus=0, command="", quick=True, patterns=["scale_s*"]).write(
+        tmp_path / "scale.json"
+    )
+    report = Report.read(tmp_path / "scale.json")
+    assert report.failures == []
+    rows = {figure.key: figure for figure in report.figures}
+    for ranks in (2, 3):
+        measured = rows[f"scale_steps/step/sidp_was_staggered ranks={ranks} tokens=8"]
+        predicted = rows[f"scale_steps/simulated/was_staggered ranks={ranks} tokens=8"]
+        assert min(*measured.samples, *predicted.samples) > 0
+        assert rows[f"scale_start/memory/pool_and_ring ranks={ranks}"].median > 0
+
+
 def test_unknown_cases_and_usage() -> None:
     with pytest.raises(ConfigError, match="no case is called nothing"):
-        bench.runner.select(["nothing"], "host")
+        bench.runner.select(["nothing"], "host", CASES)
     assert sidp("run", "--backend", "smoke").exit_code == 1
     assert sidp("run", "--case").exit_code == 2
