@@ -138,7 +138,7 @@ def test_a_missed_bar_fails() -> None:
 
 def test_the_scaling_run_doubles_its_ranks(tmp_path: Path) -> None:
     assert [worlds(most) for most in (2, 4, 6, 8)] == [[2], [2, 4], [2, 4, 6], [2, 4, 8]]
-    bench.scale.scale(backend="host", ranks=3, num_gpus=0, command="", quick=True, patterns=["scale_s*"]).write(
+    bench.scale.scale(backend="host", ranks=3, num_gpus=0, command="", quick=True, patterns=["scale_steps"]).write(
         tmp_path / "scale.json"
     )
     report = Report.read(tmp_path / "scale.json")
@@ -148,7 +148,6 @@ def test_the_scaling_run_doubles_its_ranks(tmp_path: Path) -> None:
         measured = rows[f"scale_steps/step/sidp_was_staggered ranks={ranks} tokens=8"]
         predicted = rows[f"scale_steps/simulated/was_staggered ranks={ranks} tokens=8"]
         assert min(*measured.samples, *predicted.samples) > 0
-        assert rows[f"scale_start/memory/pool_and_ring ranks={ranks}"].median > 0
 
 
 def test_unknown_cases_and_usage() -> None:
