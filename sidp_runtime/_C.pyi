@@ -23,6 +23,8 @@ __all__: list[str] = [
     "Runtime",
     "StepKind",
     "StepShape",
+    "Trace",
+    "TraceEvent",
     "WeightPool",
     "add_graph",
     "backend_names",
@@ -258,6 +260,53 @@ class WeightPool:
     @property
     def published(self) -> bool: ...
 
+class TraceEvent:
+    """
+    A span of a trace; see include/sidp/trace.hpp.
+    """
+    @property
+    def begin(self) -> int:
+        """
+        nanoseconds of CLOCK_MONOTONIC, which processes of a host share
+        """
+    @property
+    def broken_off(self) -> bool: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def mode(self) -> Mode: ...
+    @property
+    def on_stream(self) -> bool:
+        """
+        times of the device; otherwise of the calling thread
+        """
+    @property
+    def op(self) -> int: ...
+    @property
+    def peer(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def track(self) -> str: ...
+
+class Trace:
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def events(self) -> list[TraceEvent]: ...
+    @property
+    def stream_error_ns(self) -> int: ...
+    @property
+    def unfinished(self) -> int: ...
+
 class StepKind:
     """
     How the calls of a step reach the device.
@@ -365,7 +414,15 @@ class Runtime:
         """
         Collective after deferred_start: begins to answer the other ranks. failure: why this one cannot; all raise.
         """
+    def start_trace(self, num_events: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Records what this rank does, between steps; see include/sidp/trace.hpp.
+        """
     def stats(self) -> dict[str, typing.Any]: ...
+    def stop_trace(self) -> Trace:
+        """
+        Between steps or once closed.
+        """
 
 def add_graph(
     op: OpKernel,

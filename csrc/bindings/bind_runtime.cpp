@@ -126,6 +126,9 @@ void bind_runtime(py::module_& m) {
           [](const Runtime& r, LayerIndex layer, std::int64_t rows) { return r.mailbox()->bucket(layer, rows); },
           py::arg("layer"), py::arg("rows"), "Rows of the result that a request of so many rows needs room for.")
       .def("stats", [](const Runtime& r) { return to_dict(r.stats()); })
+      .def("start_trace", &Runtime::start_trace, py::arg("num_events"), ReleaseGil(),
+           "Records what this rank does, between steps; see include/sidp/trace.hpp.")
+      .def("stop_trace", &Runtime::stop_trace, ReleaseGil(), "Between steps or once closed.")
       .def("close", &Runtime::close, ReleaseGil());
 }
 

@@ -16,6 +16,7 @@ void bind_backend(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
 void bind_policy(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
+void bind_trace(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_graphs(pybind11::module_& m);

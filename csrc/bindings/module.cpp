@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
   sidp::bindings::bind_ops(m);
   sidp::bindings::bind_policy(m);
   sidp::bindings::bind_pool(m);
+  sidp::bindings::bind_trace(m);
   sidp::bindings::bind_runtime(m);
   sidp::bindings::bind_cuda(m);
   sidp::bindings::bind_graphs(m);

@@ -119,10 +119,13 @@ void Requester::compute(Stream stream, LayerIndex layer, OpIndex op, const std::
     backend.put(stream, mailbox_.buffer(), owner, slot, &header, sizeof header);
     backend.put(stream, mailbox_.buffer(), owner, slot + kAlignment, x, in_bytes);
     const auto start = Clock::now();
+    TraceSpan span(backend.tracer(), backend.tracer().session(),
+                   {.kind = TraceEvent::Kind::kWaitReply, .layer = layer, .op = op, .peer = owner});
     backend.signal(stream, {owner, pool_.request_flag(rank)}, kFull);
     const WaitResult result =
         backend.wait(stream, pool_.reply_flag(owner), kFull, {.deadline = deadline_, .peer = owner});
     stats_.wait_ns += static_cast<std::uint64_t>(std::chrono::nanoseconds(Clock::now() - start).count());
+    span.close();
     if (result == WaitResult::kReady) {
       const std::byte* reply = mailbox_.buffer().local() + mailbox_.reply_offset(owner);
       ReplyHeader answer;
@@ -151,6 +154,8 @@ void Requester::compute(Stream stream, LayerIndex layer, OpIndex op, const std::
                     ", no longer answers and its memory is not mapped here",
                 {.rank = rank, .peer = owner, .layer = layer});
   ++stats_.fallbacks;
+  const TraceSpan span(backend.tracer(), backend.tracer().session(),
+                       {.kind = TraceEvent::Kind::kStandIn, .layer = layer, .op = op, .peer = owner, .rows = rows});
   try {
     kernel.run(weights, x, rows, y);
   } catch (const std::exception& error) {

@@ -65,6 +65,14 @@ void ComputeService::serve(Rank requester) {
   const std::byte* slot = mailbox_.buffer().local() + mailbox_.request_offset(requester);
   RequestHeader header;
   std::memcpy(&header, slot, sizeof header);
+  Tracer& tracer = backend.tracer();
+  TraceSpan span(tracer, tracer.session(),
+                 {.kind = TraceEvent::Kind::kService,
+                  .track = TraceEvent::Track::kService,
+                  .layer = header.layer,
+                  .op = header.op,
+                  .peer = requester,
+                  .rows = header.rows});
   ReplyHeader reply{};
   ByteCount out_bytes = 0;
   const auto start = Clock::now();
@@ -74,6 +82,13 @@ void ComputeService::serve(Rank requester) {
     if (header.rows < 1 || header.rows > mailbox_.max_rows())
       throw Error(ErrorCode::kShape, "request for " + std::to_string(header.rows) + " rows");
     out_bytes = static_cast<ByteCount>(header.rows) * mailbox_.ops()[static_cast<std::size_t>(header.op)].out_row_bytes;
+    const TraceSpan op(tracer, tracer.session(),
+                       {.kind = TraceEvent::Kind::kOp,
+                        .track = TraceEvent::Track::kService,
+                        .layer = header.layer,
+                        .op = header.op,
+                        .peer = requester,
+                        .rows = header.rows});
     kernel.run(pool_.local_layer(header.layer), slot + kAlignment, header.rows, reply_.data());
   } catch (const std::exception& error) {
     reply.failed = 1;
@@ -89,6 +104,7 @@ void ComputeService::serve(Rank requester) {
   const ByteCount at = mailbox_.reply_offset(backend.rank());
   if (!reply.failed) backend.put(stream, mailbox_.buffer(), requester, at + kAlignment, reply_.data(), out_bytes);
   backend.put(stream, mailbox_.buffer(), requester, at, &reply, sizeof reply);
+  span.close();  // recorded before its answer can arrive
   backend.signal(stream, {requester, pool_.reply_flag(backend.rank())}, kFull);
 }
 

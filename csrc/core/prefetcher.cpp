@@ -17,9 +17,10 @@ Prefetcher::Prefetcher(WeightPool& pool, Milliseconds deadline, const LaneOption
     uses_.push_back({entry});
     const std::uint32_t flag = pool.slot_flag(entry.slot);
     const std::byte* mapped = pool.peer_layer(entry.layer);
-    program.push_back({.kind = LaneOp::Kind::kWait, .flag = flag, .value = kEmpty});
+    program.push_back({.kind = LaneOp::Kind::kWait, .flag = flag, .value = kEmpty, .layer = entry.layer});
     program.push_back({.kind = mapped != nullptr ? LaneOp::Kind::kCopy : LaneOp::Kind::kGet,
                        .peer = placement.owner(entry.layer),
+                       .layer = entry.layer,
                        .dst = pool.ring() + entry.offset,
                        .src = mapped != nullptr ? mapped : pool.symmetric_layer(entry.layer),
                        .bytes = entry.bytes});
@@ -70,10 +71,13 @@ void Prefetcher::wait_full(Stream stream, const RingEntry& entry) {
   const std::uint32_t flag = pool_.slot_flag(entry.slot);
   ++stats_.fetches;
   if (backend.peek(flag) == kFull) ++stats_.ring_hits;
+  TraceSpan span(backend.tracer(), captured_ ? 0 : backend.tracer().session(),
+                 {.kind = TraceEvent::Kind::kWaitFull, .layer = entry.layer}, TraceSpan::Time::kStream, stream);
   const auto start = Clock::now();
   const WaitResult result = backend.wait(stream, flag, kFull, {.deadline = deadline_});
   const auto waited = Clock::now() - start;
   stats_.wait_ns += static_cast<std::uint64_t>(std::chrono::nanoseconds(waited).count());
+  span.close();
   if (result == WaitResult::kReady) return;
   const auto waited_ms = std::chrono::duration_cast<Milliseconds>(waited).count();
   const Rank owner = pool_.placement().owner(entry.layer);

@@ -17,11 +17,18 @@ constexpr std::size_t index(Mode mode) { return static_cast<std::size_t>(mode); 
 
 }  // namespace
 
+// One load where no trace runs.
+inline Tracer::Session Runtime::trace_session() const {
+  const Tracer::Session session = tracer_.session();
+  return session != 0 && kind_ == StepKind::kCapture ? 0 : session;
+}
+
 Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeOptions options)
-    : pool_(std::move(pool)), options_(std::move(options)) {
+    : pool_(std::move(pool)), options_(std::move(options)), tracer_(pool_->backend().tracer()) {
   if (options_.deadline.count() < 1)
     throw Error(ErrorCode::kConfig, "the deadline is " + std::to_string(options_.deadline.count()) + " ms");
   const Placement& placement = pool_->placement();
+  use_spans_ = std::vector<std::optional<TraceSpan>>(static_cast<std::size_t>(placement.num_layers()));
   const Rank rank = pool_->backend().rank();
   for (LayerIndex layer = 0; layer < placement.num_layers(); ++layer) {
     shape_.total_bytes += placement.layer_bytes(layer);
@@ -68,6 +75,7 @@ void Runtime::close() noexcept {
   closed_ = true;
   Backend& backend = pool_->backend();
   if (in_step_ && kind_ != StepKind::kCapture) backend.mark_step_end(stream_);
+  end_step_span(/*broken_off=*/true);
   // Lane and service go on until no stream waits for them.
   if (!backend.wait_step_end(2 * options_.deadline) && channel_) {
     channel_->give_up();
@@ -142,6 +150,9 @@ Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind ki
   step_tokens_ = num_tokens;
   step_start_ = Clock::now();
   prefetcher_->begin_step(kind == StepKind::kCapture);
+  step_span_.emplace(tracer_, trace_session(),
+                     TraceEvent{.mode = decision_.mode, .reason = decision_.reason, .rows = num_tokens},
+                     TraceSpan::Time::kBoth, stream);
   return decision_;
 }
 
@@ -165,6 +176,7 @@ void Runtime::end_step(bool broken_off) {
   if (kind_ == StepKind::kCapture) {
     const bool whole = decision_.mode == Mode::kCas || prefetcher_->step_complete();
     prefetcher_->forget_step();
+    end_step_span(broken_off);
     if (!broken_off && !whole)
       throw Error(
           ErrorCode::kUsage,
@@ -174,10 +186,13 @@ void Runtime::end_step(bool broken_off) {
     return;
   }
   struct MarkEnd {  // however the step ends
-    Backend& backend;
-    Stream stream;
-    ~MarkEnd() { backend.mark_step_end(stream); }
-  } const mark{pool_->backend(), stream_};
+    Runtime& runtime;
+    bool broken_off;
+    ~MarkEnd() {
+      runtime.end_step_span(broken_off);
+      runtime.pool_->backend().mark_step_end(runtime.stream_);
+    }
+  } mark{*this, broken_off};
   ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
   stats_.last_decision = decision_;
   const bool not_launched = kind_ == StepKind::kReplay && !launched_;  // so nothing was consumed either
@@ -189,6 +204,7 @@ void Runtime::end_step(bool broken_off) {
   }
   if (broken_off || skipped || not_launched || lane_failed_) {
     ++stats_.steps_broken_off;
+    mark.broken_off = true;
     if (!broken_off && not_launched)
       throw Error(ErrorCode::kUsage, "the replay step ended without its graph having been launched; see replay()",
                   {.rank = pool_->backend().rank()});
@@ -210,6 +226,18 @@ void Runtime::end_step(bool broken_off) {
 const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
   check_in_step("fetch_layer");
   check_stream("fetch_layer", stream);
+  const Tracer::Session session = trace_session();
+  if (session == 0) [[likely]]
+    return fetch(stream, layer);
+  TraceSpan span(tracer_, session, {.kind = TraceEvent::Kind::kFetch, .layer = layer});
+  const std::byte* const bytes = fetch(stream, layer);
+  span.close();
+  use_spans_[static_cast<std::size_t>(layer)].emplace(
+      tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kUse, .layer = layer}, TraceSpan::Time::kStream, stream);
+  return bytes;
+}
+
+const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
   if (pool_->is_local(layer)) return pool_->local_layer(layer);
   if (decision_.mode != Mode::kWas)
     throw Error(ErrorCode::kUsage,
@@ -227,7 +255,13 @@ const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
 void Runtime::release_layer(Stream stream, LayerIndex layer) {
   check_in_step("release_layer");
   check_stream("release_layer", stream);
-  if (!pool_->is_local(layer)) prefetcher_->release(stream, layer);
+  const bool local = pool_->is_local(layer);
+  std::optional<TraceSpan> span;
+  if (const Tracer::Session session = trace_session(); session != 0) [[unlikely]] {
+    use_spans_[static_cast<std::size_t>(layer)].reset();
+    span.emplace(tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kRelease, .layer = layer});
+  }
+  if (!local) prefetcher_->release(stream, layer);
 }
 
 void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
@@ -243,7 +277,47 @@ void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const 
                 "remote_compute of layer " + std::to_string(layer) +
                     " in a WaS step; use fetch_layer, the mode is fixed when a step begins",
                 {.rank = pool_->backend().rank(), .layer = layer});
+  const Tracer::Session session = trace_session();
+  const TraceSpan span(tracer_, session, session == 0 ? TraceEvent{} : request_event(layer, op, rows),
+                       TraceSpan::Time::kBoth, stream);
   channel_->compute(stream, layer, op, x, rows, y);
+}
+
+TraceEvent Runtime::request_event(LayerIndex layer, OpIndex op, std::int64_t rows) const {
+  static_cast<void>(mailbox_->kernel(layer, op));  // throws for an unknown op
+  return {.kind = TraceEvent::Kind::kRequest,
+          .layer = layer,
+          .op = op,
+          .peer = pool_->placement().owner(layer),
+          .rows = rows,
+          .bytes = static_cast<ByteCount>(rows) * mailbox_->ops()[static_cast<std::size_t>(op)].in_row_bytes};
+}
+
+void Runtime::end_step_span(bool broken_off) noexcept {
+  if (!step_span_ || !step_span_->recorded()) return;
+  for (auto& span : use_spans_) span.reset();  // of layers that were not released
+  step_span_->set_broken_off(broken_off);
+  step_span_.reset();
+}
+
+void Runtime::start_trace(std::size_t num_events) {
+  check_open();
+  Backend& backend = pool_->backend();
+  if (in_step_)
+    throw Error(ErrorCode::kUsage, "a trace starts between steps; end the open one first", {.rank = backend.rank()});
+  if (!backend.wait_step_end(options_.deadline))
+    throw Error(ErrorCode::kDeadline,
+                "the last step did not come to its end on its stream within " +
+                    std::to_string(options_.deadline.count()) + " ms, so no trace was started",
+                {.rank = backend.rank(), .waited_ms = options_.deadline.count()});
+  tracer_.start(num_events, backend.make_stream_clock(num_events));
+}
+
+Trace Runtime::stop_trace() {
+  if (in_step_ && !closed_)
+    throw Error(ErrorCode::kUsage, "a trace ends between steps; end the open one first",
+                {.rank = pool_->backend().rank()});
+  return tracer_.stop(options_.deadline);
 }
 
 RuntimeStats Runtime::stats() const {

@@ -65,6 +65,7 @@ struct Status {
   X(cuEventDestroy)                    \
   X(cuEventQuery)                      \
   X(cuEventRecord)                     \
+  X(cuEventElapsedTime)                \
   X(cuGraphInstantiate)                \
   X(cuGraphLaunch)                     \
   X(cuGraphExecDestroy)

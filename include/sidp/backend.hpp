@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "sidp/bootstrap.hpp"
+#include "sidp/trace.hpp"
 #include "sidp/types.hpp"
 
 namespace sidp {
@@ -61,7 +62,8 @@ struct LaneOp {
   Kind kind;
   std::uint32_t flag = 0;
   FlagValue value = kEmpty;
-  Rank peer = -1;  // kCopy, kGet: where the bytes come from
+  Rank peer = -1;         // kCopy, kGet: where the bytes come from
+  LayerIndex layer = -1;  // whose bytes they are; for traces
   std::byte* dst = nullptr;
   const std::byte* src = nullptr;
   ByteCount bytes = 0;
@@ -124,6 +126,10 @@ class Backend {
   virtual std::unique_ptr<ActivationChannel> make_channel(WeightPool& pool, const Mailbox& mailbox,
                                                           const ChannelOptions& options);
   virtual std::thread start_thread(const std::string& name, std::function<void()> body) = 0;
+  // For a trace, with room for so many marks; while no stream is blocked. nullptr: calls do not outlast themselves.
+  virtual std::unique_ptr<StreamClock> make_stream_clock(std::size_t) { return nullptr; }
+  // Where this rank's threads record what they do.
+  [[nodiscard]] Tracer& tracer() { return tracer_; }
   // False once the rank has left or its process has ended, however it ended. A stopped (hung) process counts as alive.
   [[nodiscard]] virtual bool alive(Rank rank) const = 0;
   // Tells the peers that this rank no longer answers; its memory stays readable where they have mapped it.
@@ -156,6 +162,9 @@ class Backend {
                              const std::atomic<bool>& stop) = 0;
   // Makes waits that watch a stop flag look at it again.
   virtual void interrupt() noexcept = 0;
+
+ private:
+  Tracer tracer_;
 };
 
 }  // namespace sidp

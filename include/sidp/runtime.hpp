@@ -9,6 +9,7 @@
 #include "sidp/activation_channel.hpp"
 #include "sidp/mode_policy.hpp"
 #include "sidp/prefetcher.hpp"
+#include "sidp/trace.hpp"
 #include "sidp/weight_pool.hpp"
 
 namespace sidp {
@@ -86,6 +87,12 @@ class Runtime {
   [[nodiscard]] const Mailbox* mailbox() const { return mailbox_.get(); }
   [[nodiscard]] ActivationChannel* channel() const { return channel_.get(); }
   [[nodiscard]] RuntimeStats stats() const;
+
+  // Records this rank's steps, calls, copies and requests, in memory for num_events that is taken here. Between steps;
+  // waits for the end of the last one. Throws as Tracer::start, Error(kUsage) inside a step, Error(kDeadline).
+  void start_trace(std::size_t num_events);
+  // Between steps or once closed. Waits for what streams have still to do. Throws as Tracer::stop, Error(kUsage).
+  Trace stop_trace();
   // Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.
   void close() noexcept;
 
@@ -93,7 +100,11 @@ class Runtime {
   void check_open() const;
   void check_in_step(const char* call) const;
   void check_stream(const char* call, Stream stream) const;
+  const std::byte* fetch(Stream stream, LayerIndex layer);
   [[nodiscard]] bool peers_available() const;
+  [[nodiscard]] Tracer::Session trace_session() const;  // 0 also while calls go into a graph
+  [[nodiscard]] TraceEvent request_event(LayerIndex layer, OpIndex op, std::int64_t rows) const;
+  void end_step_span(bool broken_off) noexcept;
   std::optional<double>& measured(Mode mode, std::int64_t num_tokens);
 
   std::shared_ptr<WeightPool> pool_;
@@ -115,6 +126,9 @@ class Runtime {
   std::int64_t step_tokens_ = 0;
   Clock::time_point step_start_;
   std::array<std::array<std::optional<double>, 64>, 2> step_ms_{};  // by mode and bit width of the token count
+  Tracer& tracer_;
+  std::optional<TraceSpan> step_span_;
+  std::vector<std::optional<TraceSpan>> use_spans_;  // by layer; of the open step
 };
 
 }  // namespace sidp

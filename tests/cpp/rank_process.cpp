@@ -11,6 +11,7 @@
 #include "backends/registry.hpp"
 #include "emulated_gpu.hpp"
 #include "file_bootstrap.hpp"
+#include "trace_checks.hpp"
 #include "usage_checks.hpp"
 #include "workload.hpp"
 
@@ -107,6 +108,12 @@ class RankProcess {
       runtime.start();
     }
     if (number("fail_launches", 0) != 0) gpu_->fail_launches();
+    RuntimeStats before;
+    if (number("trace", 0) != 0) {
+      before = settled(runtime);
+      runtime.start_trace(static_cast<std::size_t>(number("trace", 0)));
+      bootstrap->all_gather("tracing", "");
+    }
     mark("ready");
     const std::string what = text("do", "steps");
     if (what == "usage") {
@@ -141,12 +148,31 @@ class RankProcess {
       await("stop");
       if (what == "steps") runtime.check();
     }
+    if (number("trace", 0) != 0) {
+      const RuntimeStats after = settled(runtime);
+      check_trace(runtime.stop_trace(), before, after, ringed(runtime));
+    }
     report(runtime.stats());
     if (number("close_in_capture", 0) != 0) gpu_->in_capture([&] { runtime.close(); });
     runtime.close();
     if (gpu_) note("still_registered", gpu_->num_registered());
     note("freed", backend->close() ? 1 : 0);
     mark("closed");
+  }
+
+  static std::vector<LayerIndex> ringed(const Runtime& runtime) {
+    const Placement& placement = runtime.pool().placement();
+    const Rank rank = runtime.pool().backend().rank();
+    std::vector<LayerIndex> layers;
+    for (const RingEntry& entry : placement.ring_plan(rank)) layers.push_back(entry.layer);
+    layers.resize(std::min(layers.size(), static_cast<std::size_t>(placement.num_slots(rank))));
+    return layers;
+  }
+  static RuntimeStats settled(const Runtime& runtime) {
+    const Placement& placement = runtime.pool().placement();
+    const Rank rank = runtime.pool().backend().rank();
+    return settled_stats(runtime, static_cast<std::size_t>(placement.num_slots(rank)),
+                         placement.ring_plan(rank).size());
   }
 
   // Pools one after the other on a device where others take memory and give it back in between.

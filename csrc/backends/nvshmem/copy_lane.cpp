@@ -50,7 +50,7 @@ void Landing::unregister() noexcept {
 }
 
 CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride,
-                   Rank world_size, std::vector<LaneOp> program, const LaneOptions& options)
+                   Rank world_size, std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer)
     : device_(device),
       nvshmem_(nvshmem),
       flags_(flags),
@@ -58,6 +58,7 @@ CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr 
       program_(std::move(program)),
       options_(options),
       landing_(device, nvshmem, program_),
+      tracer_(tracer),
       arrived_(device, 1),
       stream_(device, DeviceStream::Priority::kLane),
       pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
@@ -84,24 +85,38 @@ void CopyLane::queue_next() {
   const auto& api = device_.api();
   while (!stopped_ && empty_[program_[next_].flag]) {
     empty_[program_[next_].flag] = false;
+    const Tracer::Session session = tracer_.session();
+    const TraceSpan queueing(tracer_, session, {.kind = TraceEvent::Kind::kQueueCopy, .layer = program_[next_].layer});
     do {
       const LaneOp& op = program_[next_];
+      const auto span = [&](TraceEvent::Kind kind) {
+        return TraceSpan(
+            tracer_, session,
+            {.kind = kind, .track = TraceEvent::Track::kLane, .layer = op.layer, .peer = op.peer, .bytes = op.bytes},
+            TraceSpan::Time::kStream, {stream_.get()});
+      };
       switch (op.kind) {
-        case LaneOp::Kind::kWait:
+        case LaneOp::Kind::kWait: {
+          const TraceSpan wait = span(TraceEvent::Kind::kWaitEmpty);
           device_.check(api.cuStreamWaitValue32(stream_.get(), flag(op.flag), op.value, CU_STREAM_WAIT_VALUE_EQ),
                         "cuStreamWaitValue32");
+        }
           if (options_.test_delay_us > 0)
             device_.check(api.cuLaunchHostFunc(stream_.get(), sleep_on_stream, &options_), "cuLaunchHostFunc");
           break;
-        case LaneOp::Kind::kCopy:
+        case LaneOp::Kind::kCopy: {
+          const TraceSpan copy = span(TraceEvent::Kind::kCopy);
           device_.check(api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()),
                         "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer));
           ++queued_;
           break;
-        case LaneOp::Kind::kGet:
+        }
+        case LaneOp::Kind::kGet: {
+          const TraceSpan copy = span(TraceEvent::Kind::kCopy);
           nvshmem_.getmem_on_stream(op.dst, op.src, op.bytes, op.peer, stream_.get());
           ++queued_;
           break;
+        }
         case LaneOp::Kind::kSignal: {
           // In this order: what a full flag promises has arrived, and is counted only then.
           CUstreamBatchMemOpParams both[2] = {};

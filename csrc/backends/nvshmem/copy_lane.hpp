@@ -36,7 +36,7 @@ class CopyLane final : public Lane {
  public:
   // flags: the own words on the device, one each `flag_stride` bytes. All slots are empty, and their copies are queued.
   CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride, Rank world_size,
-           std::vector<LaneOp> program, const LaneOptions& options);
+           std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer);
   ~CopyLane() override;
 
   // Once the copies that are queued have arrived, or given up after ten seconds.
@@ -54,6 +54,7 @@ class CopyLane final : public Lane {
   ByteCount flag_stride_;
   std::vector<LaneOp> program_;
   LaneOptions options_;
+  Tracer& tracer_;
   std::vector<LaneOp> copies_;  // of one pass of the program, in order
   std::vector<bool> empty_;     // by flag: its release is queued, and no copy has taken the slot since
   std::size_t next_ = 0;        // position of the next wait in the program

@@ -7,6 +7,7 @@
 
 #include "copy_lane.hpp"
 #include "core/collective.hpp"
+#include "event_clock.hpp"
 #include "sidp/error.hpp"
 
 namespace sidp::nvshmem {
@@ -179,7 +180,11 @@ std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, con
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
   return std::make_unique<CopyLane>(*device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.world_size,
-                                    std::move(program), options);
+                                    std::move(program), options, tracer());
+}
+
+std::unique_ptr<StreamClock> NvshmemBackend::make_stream_clock(std::size_t num_marks) {
+  return std::make_unique<EventClock>(device_, num_marks);
 }
 
 std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool, const Mailbox& mailbox,

@@ -44,6 +44,7 @@ class NvshmemBackend final : public Backend {
   std::unique_ptr<ActivationChannel> make_channel(WeightPool& pool, const Mailbox& mailbox,
                                                   const ChannelOptions& options) override;
   std::thread start_thread(const std::string& name, std::function<void()> body) override;
+  std::unique_ptr<StreamClock> make_stream_clock(std::size_t num_marks) override;
   [[nodiscard]] bool alive(Rank rank) const override { return host_.alive(rank); }
   void leave() noexcept override;
   void mark_step_end(Stream stream) noexcept override;

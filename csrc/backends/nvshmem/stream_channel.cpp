@@ -192,6 +192,7 @@ bool StreamChannel::take_requests() {
 void StreamChannel::serve(Rank requester, const Request& request) {
   if (options_.service.test_delay_us > 0)
     std::this_thread::sleep_for(std::chrono::microseconds(options_.service.test_delay_us));
+  const TraceSpan span = service_span(TraceEvent::Kind::kService, requester, request);
   auto& served = served_by_peer_[static_cast<std::size_t>(requester)];
   const auto rows = static_cast<std::uint64_t>(request.rows);
   // Counted first: the requester may have its answer before the launch returns.
@@ -274,6 +275,7 @@ void StreamChannel::give_up_on(Rank owner, const std::string& what) {
 }
 
 void StreamChannel::stand_in(Rank owner, const Request& request) {
+  const TraceSpan span = service_span(TraceEvent::Kind::kStandIn, owner, request);
   try {
     graph(request).launch({owner, rank_, request.rows}, service_stream_.get());
     stood_in_.fetch_add(1, std::memory_order_relaxed);
@@ -285,6 +287,20 @@ void StreamChannel::stand_in(Rank owner, const Request& request) {
     give_up();
     not_answered(rank_, owner);
   }
+}
+
+TraceSpan StreamChannel::service_span(TraceEvent::Kind kind, Rank peer, const Request& request) const {
+  Tracer& tracer = pool_.backend().tracer();
+  return {tracer,
+          tracer.session(),
+          {.kind = kind,
+           .track = TraceEvent::Track::kService,
+           .layer = request.layer,
+           .op = request.op,
+           .peer = peer,
+           .rows = request.rows},
+          TraceSpan::Time::kBoth,
+          {service_stream_.get()}};
 }
 
 void StreamChannel::not_answered(Rank requester, Rank owner) {

@@ -94,6 +94,8 @@ class StreamChannel final : public ActivationChannel {
   void hand_over(Rank owner, std::uint32_t word);
   void give_up_on(Rank owner, const std::string& what);
   void stand_in(Rank owner, const Request& request);
+  // Around the launch of an op, on the service's stream.
+  [[nodiscard]] TraceSpan service_span(TraceEvent::Kind kind, Rank peer, const Request& request) const;
   // Releases a requester without an answer: its step is void.
   void not_answered(Rank requester, Rank owner);
   void record(Error error);

@@ -57,6 +57,8 @@ struct Stream {
 
 struct Event {
   std::atomic<std::uint64_t> recorded{0}, done{0};
+  using Clock = std::chrono::steady_clock;
+  std::atomic<Clock::time_point> time{};
 };
 
 // Never destroyed: stream threads may outlive main().
@@ -280,12 +282,16 @@ EMULATED CUresult cuEventCreate(CUevent* event, unsigned) {
 EMULATED CUresult cuEventDestroy(CUevent) { return CUDA_SUCCESS; }  // streams may still refer to it
 EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
   auto* const event = reinterpret_cast<Event*>(handle);
-  return enqueue(stream, [event, number = ++event->recorded] { event->done = number; });
+  return enqueue(stream, [event, number = ++event->recorded] { event->time = Event::Clock::now(), event->done = number; });
 }
 EMULATED CUresult cuEventQuery(CUevent handle) {
   if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const auto* const event = reinterpret_cast<Event*>(handle);
   return event->done >= event->recorded ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+EMULATED CUresult cuEventElapsedTime(float* ms, CUevent start, CUevent end) {
+  const auto time = [](CUevent event) { return reinterpret_cast<Event*>(event)->time.load(); };
+  return *ms = std::chrono::duration<float, std::milli>(time(end) - time(start)).count(), CUDA_SUCCESS;
 }
 EMULATED CUresult cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned) {
   auto* const event = reinterpret_cast<Event*>(handle);
