@@ -47,6 +47,15 @@ def device_of(rank: int) -> int:
     return rank % torch.cuda.device_count()
 
 
+def nvtx_calls() -> tuple[Callable[[str], object], Callable[[], object]]:
+    """torch's calls that open and close an NVTX range; ``UnsupportedError`` from a torch without CUDA."""
+    try:
+        torch.cuda.nvtx.mark("sidp")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise UnsupportedError(f"this torch has no NVTX ({error}): trace without nvtx=True") from error
+    return torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
+
+
 def stream_handle(stream: object, device: int) -> int:
     """The CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
     if stream is None:

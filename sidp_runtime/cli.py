@@ -174,6 +174,30 @@ def plan(
         )
 
 
+@app.command()
+def trace(
+    model: Annotated[
+        str,
+        typer.Option(help="Model directory, .gguf file, or synthetic[:layers=8,hidden=512,inner=2048,dtype=float32]."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the trace goes, for ui.perfetto.dev.")],
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that share the weights.")] = 2,
+    mode: Annotated[ModeChoice, typer.Option(help="was: stream layers. cas: send activations.")] = ModeChoice.auto,
+    steps: Annotated[int, typer.Option(min=1, help="Traced steps, after one that warms up.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of a step, of each replica.")] = 16,
+    backend: Backend = "host",
+    num_events: Annotated[int, typer.Option(min=1, help="Room of each replica; what does not fit is counted.")] = 32768,
+    nvtx: Annotated[bool, typer.Option("--nvtx", help="Also NVTX ranges, for nsys.")] = False,
+    debug: Debug = False,
+) -> None:
+    """A timeline of lanes, waits, requests and compute of a few steps of all replicas."""
+    with plain_errors(debug):
+        from .tracing import command
+
+        config = command.TraceConfig(model, out, replicas, mode.value, steps, tokens, backend, num_events, nvtx)
+        print("\n".join(command.run(config).lines()))
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,7 @@ from .errors import ClosedError, ConfigError, SidpError, UnknownNameError
 from .manifest import DTYPE_BYTES
 from .ops import Op, OpProgram
 from .policy import ModePolicy
+from .tracing import NUM_EVENTS, Tracing
 from .weight_pool import WeightPool
 
 if TYPE_CHECKING:
@@ -272,6 +274,15 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks."""
         return self._final_stats if self._open_core is None else self._open_core.stats()
+
+    def tracing(self, path: Path | str | None = None, *, num_events: int = NUM_EVENTS, nvtx: bool = False) -> Tracing:
+        """``with runtime.tracing("trace.json"):`` traces the steps of its body for ui.perfetto.dev (docs/trace.md).
+
+        Memory for ``num_events`` is taken on entering; when it is full the newest are dropped, and the trace says how
+        many. ``nvtx``: also NVTX ranges, for nsys. ``UsageError`` inside a step or another trace, ``DeadlineError``
+        if the last step does not end, ``UnsupportedError`` for ``nvtx`` where torch has none.
+        """
+        return Tracing(self, path, num_events, nvtx)
 
     def close(self) -> None:
         """Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.

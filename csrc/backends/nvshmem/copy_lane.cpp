@@ -57,8 +57,8 @@ CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr 
       flag_stride_(flag_stride),
       program_(std::move(program)),
       options_(options),
-      landing_(device, nvshmem, program_),
       tracer_(tracer),
+      landing_(device, nvshmem, program_),
       arrived_(device, 1),
       stream_(device, DeviceStream::Priority::kLane),
       pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
