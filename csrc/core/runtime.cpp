@@ -90,14 +90,14 @@ void Runtime::check_open() const {
   if (closed_) throw Error(ErrorCode::kClosed, "the runtime is closed", {.rank = pool_->backend().rank()});
 }
 
-void Runtime::check_in_step(const char* call) const {
+inline void Runtime::check_in_step(const char* call) const {
   check_open();
   if (!in_step_)
     throw Error(ErrorCode::kUsage, std::string(call) + " outside a step; open one with step()",
                 {.rank = pool_->backend().rank()});
 }
 
-void Runtime::check_stream(const char* call, Stream stream) const {
+inline void Runtime::check_stream(const char* call, Stream stream) const {
   if (stream.handle != stream_.handle)
     throw Error(ErrorCode::kUsage,
                 std::string(call) +
@@ -223,21 +223,7 @@ void Runtime::end_step(bool broken_off) {
   average = average ? *average + kNewSampleShare * (ms - *average) : ms;
 }
 
-const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
-  check_in_step("fetch_layer");
-  check_stream("fetch_layer", stream);
-  const Tracer::Session session = trace_session();
-  if (session == 0) [[likely]]
-    return fetch(stream, layer);
-  TraceSpan span(tracer_, session, {.kind = TraceEvent::Kind::kFetch, .layer = layer});
-  const std::byte* const bytes = fetch(stream, layer);
-  span.close();
-  use_spans_[static_cast<std::size_t>(layer)].emplace(
-      tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kUse, .layer = layer}, TraceSpan::Time::kStream, stream);
-  return bytes;
-}
-
-const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
+inline const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
   if (pool_->is_local(layer)) return pool_->local_layer(layer);
   if (decision_.mode != Mode::kWas)
     throw Error(ErrorCode::kUsage,
@@ -252,15 +238,31 @@ const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
   }
 }
 
+const std::byte* Runtime::fetch_layer(Stream stream, LayerIndex layer) {
+  check_in_step("fetch_layer");
+  check_stream("fetch_layer", stream);
+  const Tracer::Session session = trace_session();
+  if (session == 0) [[likely]]
+    return fetch(stream, layer);
+  TraceSpan span(tracer_, session, {.kind = TraceEvent::Kind::kFetch, .layer = layer});
+  const std::byte* const bytes = fetch(stream, layer);
+  span.close();
+  use_spans_[static_cast<std::size_t>(layer)].emplace(
+      tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kUse, .layer = layer}, TraceSpan::Time::kStream, stream);
+  return bytes;
+}
+
 void Runtime::release_layer(Stream stream, LayerIndex layer) {
   check_in_step("release_layer");
   check_stream("release_layer", stream);
-  const bool local = pool_->is_local(layer);
-  std::optional<TraceSpan> span;
-  if (const Tracer::Session session = trace_session(); session != 0) [[unlikely]] {
-    use_spans_[static_cast<std::size_t>(layer)].reset();
-    span.emplace(tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kRelease, .layer = layer});
+  const Tracer::Session session = trace_session();
+  if (session == 0) [[likely]] {
+    if (!pool_->is_local(layer)) prefetcher_->release(stream, layer);
+    return;
   }
+  const bool local = pool_->is_local(layer);
+  use_spans_[static_cast<std::size_t>(layer)].reset();
+  const TraceSpan span(tracer_, session, {.kind = TraceEvent::Kind::kRelease, .layer = layer});
   if (!local) prefetcher_->release(stream, layer);
 }
 

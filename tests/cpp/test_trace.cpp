@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <thread>
 
 #include "rank_group.hpp"
@@ -17,7 +18,10 @@ constexpr Milliseconds kDeadline{1000};
 class CountingClock final : public StreamClock {
  public:
   CountingClock(TraceMark room, TraceMark never) : room_(room), never_(never) {}
-  TraceMark mark(Stream) noexcept override { return next_ < room_ ? next_++ : kNoMark; }
+  TraceMark mark(Stream) noexcept override {
+    const TraceMark at = next_.fetch_add(1);
+    return at < room_ ? at : kNoMark;
+  }
   std::optional<std::int64_t> ns(TraceMark mark, Clock::time_point) override {
     return mark >= never_ ? std::nullopt : std::optional(kFar + 10 * mark);
   }
@@ -25,7 +29,8 @@ class CountingClock final : public StreamClock {
   static constexpr std::int64_t kFar = std::int64_t{1} << 60;
 
  private:
-  TraceMark room_, never_, next_ = 0;
+  TraceMark room_, never_;
+  std::atomic<TraceMark> next_{0};
 };
 
 void span(Tracer& tracer, TraceSpan::Time time = TraceSpan::Time::kThread, LayerIndex layer = 0) {

@@ -282,7 +282,7 @@ EMULATED CUresult cuEventCreate(CUevent* event, unsigned) {
 EMULATED CUresult cuEventDestroy(CUevent) { return CUDA_SUCCESS; }  // streams may still refer to it
 EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
   auto* const event = reinterpret_cast<Event*>(handle);
-  return enqueue(stream, [event, number = ++event->recorded] { event->time = Event::Clock::now(), event->done = number; });
+  return enqueue(stream, [event, n = ++event->recorded] { event->time = Event::Clock::now(), event->done = n; });
 }
 EMULATED CUresult cuEventQuery(CUevent handle) {
   if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
