@@ -63,6 +63,7 @@ def _trace(settings: dict[str, Any]) -> dict[str, Any]:
         runtime, make_steps = (_synthetic if settings["shape"] else _model)(settings, group, closed)
         make_steps(1)  # maps pages and loads kernels
         _finish(runtime, group)
+        group.all_gather("trace/warm", b"")  # or a service of a late warm-up were in the trace of an early one
         # Everybody traces before anybody asks, and until nobody asks any more: each request has its service.
         before = runtime.stats()
         with runtime.tracing(num_events=settings["num_events"], nvtx=settings["nvtx"]) as tracing:
