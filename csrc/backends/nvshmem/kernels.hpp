@@ -27,7 +27,7 @@ class Kernels {
     CUdeviceptr failed_host;   // set when there was no answer
     CUdeviceptr finished;      // as for put
   };
-  // Copies the rows of an answer out of its slot and frees the slot.
+  // Copies the rows of an answer out of its slot and frees the slot. Without an answer the copied bytes mean nothing.
   void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const;
 
  private:
