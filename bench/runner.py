@@ -213,8 +213,6 @@ def _rank_main(cases: str, arguments: dict[str, Any]) -> None:
         with on_own_stream(context), torch.no_grad():
             module.run(context)
         context.meet()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         code = 0
     except BaseException:
         traceback.print_exc()

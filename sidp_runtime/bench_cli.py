@@ -30,6 +30,15 @@ def _bench(module: str) -> Any:
     return import_module(f"{package}.{module}")
 
 
+def _command() -> str:
+    """As it was called, without where its results go."""
+    words = sys.argv[1:]
+    if "--json" in words:
+        place = words.index("--json")
+        words = words[:place] + words[place + 2 :]
+    return " ".join(["sidp", *words])
+
+
 @app.command("list")
 def list_cases() -> None:
     """The cases: what they measure, on which backends, beside which peers, and what is compared first."""
@@ -61,7 +70,7 @@ def run(
 
         console = Console()
         report = _bench("runner").run(
-            command=" ".join(["sidp", *sys.argv[1:]]),
+            command=_command(),
             patterns=case or (),
             backend=backend,
             quick=quick,
@@ -89,7 +98,7 @@ def scale(
 
         console = Console()
         report = _bench("scale").scale(
-            command=" ".join(["sidp", *sys.argv[1:]]),
+            command=_command(),
             backend=backend,
             ranks=ranks,
             num_gpus=_bench("environment").num_gpus(),
@@ -133,7 +142,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="Folder for the pictures (PNG).")],
     debug: Debug = False,
 ) -> None:
-    """Bandwidth over size, step time over tokens, and the timeline of copies against compute."""
+    """Bandwidth over size, step time over tokens or ranks, and when a WaS step waited and computed."""
     with plain_errors(debug):
         for path in _bench("plot").write(_bench("harness").Report.read(results), out):
             print(path)
