@@ -87,7 +87,7 @@ class Replica:
     def forward(self, x: torch.Tensor, mode: Mode) -> torch.Tensor:
         """Inside a step: all layers, one after the other."""
         for layer in range(self.shape.layers):
-            if mode is Mode.CAS and not self.pool.is_local(layer):
+            if mode == Mode.CAS and not self.pool.is_local(layer):
                 qkv, residual = self.runtime.remote_compute(layer, OP, x)
             else:
                 qkv, residual = block(self.runtime.fetch_layer(layer), x)
