@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from multiprocessing import connection
 from pathlib import Path
@@ -26,7 +27,7 @@ from sidp_runtime.errors import ConfigError, UnsupportedError
 
 from . import environment
 from .cases import CASES
-from .harness import Bar, Case, Figure, Report, render
+from .harness import Case, Figure, Report, render
 from .shapes import SHAPES, default_shape
 
 CASES_PACKAGE = f"{__package__}.cases"
@@ -172,23 +173,15 @@ def _join(processes: Sequence[Any], deadline_s: float) -> set[int]:
 def _collect(path: Path, report: Report) -> None:
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n")[:-1]:  # what follows the last end of a line was cut off by a kill
         document = json.loads(line)
         if "event" in document:
             report.timeline.append(document["event"])
             continue
         figure = Figure.from_json(document)
-        ranks_gpus = document.get("bar_gpus", 0)
-        if figure.bar is not None:
-            figure = _held_to(figure, Bar(figure.bar.limit, figure.bar.at_least, ranks_gpus), report)
+        if figure.bar is not None and environment.num_gpus() < document["bar_gpus"]:
+            figure = replace(figure, bar=None)  # it does not hold of so few
         report.figures.append(figure)
-
-
-def _held_to(figure: Figure, bar: Bar, report: Report) -> Figure:
-    """The figure with its bar, or without one that does not hold of so few GPUs."""
-    from dataclasses import replace
-
-    return replace(figure, bar=bar if environment.num_gpus() >= bar.gpus or not bar.gpus else None)
 
 
 def _rank_main(cases: str, arguments: dict[str, Any]) -> None:

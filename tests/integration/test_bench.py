@@ -139,7 +139,9 @@ def test_a_run_out_of_time_says_so_and_fails(tmp_path: Path) -> None:
     assert [f.reason[:9] for f in Report.read(path).failures if f.subject == "case"] == ["killed af", "not begun"]
 
 
-def test_a_missed_bar_fails() -> None:
+def test_a_missed_bar_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run_own(monkeypatch, "misses")
+    assert [figure.metric for figure in report.failures] == ["held"]
     assert not figure("a", 1.0, bar=Bar(2.0, at_least=True)).passed
     assert figure("a", 1.0, bar=Bar(2.0, at_least=False)).passed
 
