@@ -50,10 +50,15 @@ def versions() -> str:
 
 def on_stream(handle: int, device: int | None) -> AbstractContextManager[Any]:
     """Makes a CUDA stream torch's current one; nothing to do on the host (``device`` None)."""
-    if device is None or torch.cuda.current_stream(device).cuda_stream == handle:
+    if device is None or current_stream(device) == handle:
         return nullcontext()
     stream = torch.cuda.ExternalStream(handle, device)  # type: ignore[no-untyped-call]
     return torch.cuda.stream(stream)
+
+
+def current_stream(device: int) -> int:
+    """The CUstream of torch's current stream: as torch's compiler asks for it, in a twentieth of a Stream's time."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -243,13 +248,16 @@ def request_rows(op: Op, x: torch.Tensor, device: int | None) -> torch.Tensor:
             f"op {op.name!r} takes [rows, {op.in_features}] of {op.dtype} on {where}, not {list(x.shape)} of "
             f"{name_of(x.dtype)} on {x.device}"
         )
-    return x.detach().contiguous()
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def reply_rows(
     program: OpProgram, rows: int, room: int, device: torch.device
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Room for an answer of ``room`` rows as [room, bytes] of uint8, and its outputs as views of [rows, columns]."""
+    """Room for an answer of ``room`` rows, and in it the outputs of [rows, columns], one block after the other."""
+    if len(program.output_columns) == 1:
+        y = torch.empty(room, program.output_columns[0], dtype=dtype_of(program.output_dtypes[0]), device=device)
+        return y, [y if rows == room else y[:rows]]
     flat = torch.empty(room, program.out_row_bytes, dtype=torch.uint8, device=device)
     outputs, start = [], 0
     for columns, dtype in zip(program.output_columns, program.output_dtypes, strict=True):

@@ -59,7 +59,7 @@ def nvtx_calls() -> tuple[Callable[[str], object], Callable[[], object]]:
 def stream_handle(stream: object, device: int) -> int:
     """The CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
     if stream is None:
-        return int(torch.cuda.current_stream(device).cuda_stream)
+        return _torch.current_stream(device)
     if isinstance(stream, int):
         return stream
     handle = getattr(stream, "cuda_stream", None)

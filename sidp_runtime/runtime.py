@@ -266,9 +266,16 @@ class Runtime:
         index = self._op_index(op)
         with _torch.on_stream(handle, self._device):  # torch gives and takes memory by its current stream
             rows = _torch.request_rows(self._op_list[index], x, self._device)
-            bucket = self._core.bucket(layer, rows.shape[0])
-            flat, outputs = _torch.reply_rows(program, rows.shape[0], bucket, rows.device)
-            self._core.remote_compute(layer, index, rows, flat, handle)
+            count = rows.shape[0]
+            bucket = self._core.bucket(layer, count)
+            room, outputs = _torch.reply_rows(program, count, bucket, rows.device)
+            self._core.remote_compute(
+                layer,
+                index,
+                (rows.data_ptr(), count, rows.shape[1] * rows.element_size()),
+                (room.data_ptr(), bucket, program.out_row_bytes),
+                handle,
+            )
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def stats(self) -> dict[str, Any]:

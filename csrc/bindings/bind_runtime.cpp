@@ -1,5 +1,5 @@
 #include "bindings.hpp"
-#include "dlpack.hpp"
+#include "sidp/error.hpp"
 #include "sidp/runtime.hpp"
 
 namespace py = pybind11;
@@ -42,26 +42,27 @@ py::typing::Dict<py::str, py::object> to_dict(const RuntimeStats& s) {
   return d;
 }
 
+using Rows = std::tuple<std::uintptr_t, std::int64_t, ByteCount>;  // row-major memory: address, rows, bytes a row
+
 Stream stream_of(std::uintptr_t handle) { return {reinterpret_cast<void*>(handle)}; }
 
-void remote_compute(Runtime& runtime, LayerIndex layer, OpIndex op, const py::object& x, const py::object& y,
+void remote_compute(Runtime& runtime, LayerIndex layer, OpIndex op, const Rows& x, const Rows& y,
                     std::uintptr_t stream) {
-  const std::int32_t device = runtime.pool().backend().capabilities().device;
-  const RowsArgument in = rows_from_dlpack(x, "x", device);
-  const RowsArgument out = rows_from_dlpack(y, "y", device);
+  const auto [x_address, x_rows, x_row_bytes] = x;
+  const auto [y_address, y_rows, y_row_bytes] = y;
   if (runtime.mailbox() != nullptr && op >= 0 && static_cast<std::size_t>(op) < runtime.mailbox()->ops().size()) {
     const Op& entry = runtime.mailbox()->ops()[static_cast<std::size_t>(op)];
-    const std::int64_t bucket = runtime.mailbox()->bucket(layer, in.rows);
-    if (in.row_bytes != entry.in_row_bytes || out.row_bytes != entry.out_row_bytes || out.rows != bucket)
+    const std::int64_t bucket = runtime.mailbox()->bucket(layer, x_rows);
+    if (x_row_bytes != entry.in_row_bytes || y_row_bytes != entry.out_row_bytes || y_rows != bucket)
       throw Error(ErrorCode::kShape,
                   "op '" + entry.name + "' takes rows of " + std::to_string(entry.in_row_bytes) + " bytes and gives " +
-                      std::to_string(entry.out_row_bytes) + "; x has " + std::to_string(in.rows) + " rows of " +
-                      std::to_string(in.row_bytes) + ", y " + std::to_string(out.rows) + " of " +
-                      std::to_string(out.row_bytes) + " where " + std::to_string(bucket) + " rows come back",
+                      std::to_string(entry.out_row_bytes) + "; x has " + std::to_string(x_rows) + " rows of " +
+                      std::to_string(x_row_bytes) + ", y " + std::to_string(y_rows) + " of " +
+                      std::to_string(y_row_bytes) + " where " + std::to_string(bucket) + " rows come back",
                   {.layer = layer});
   }
-  const py::gil_scoped_release release;
-  runtime.remote_compute(stream_of(stream), layer, op, in.data, in.rows, out.data);
+  runtime.remote_compute(stream_of(stream), layer, op, reinterpret_cast<const std::byte*>(x_address), x_rows,
+                         reinterpret_cast<std::byte*>(y_address));
 }
 
 }  // namespace
@@ -119,8 +120,10 @@ void bind_runtime(py::module_& m) {
           [](Runtime& r, LayerIndex layer, std::uintptr_t stream) { r.release_layer(stream_of(stream), layer); },
           py::arg("layer"), py::arg("stream") = 0, ReleaseGil())
       .def("remote_compute", &remote_compute, py::arg("layer"), py::arg("op"), py::arg("x"), py::arg("y"),
-           py::arg("stream") = 0,
-           "y = op(layer, x); x and y are row-major tensors on the pool's device that support DLPack.")
+           py::arg("stream") = 0, ReleaseGil(),
+           "y = op(layer, x); x and y: (address, rows, bytes a row) of row-major memory on the pool's device, which "
+           "must "
+           "outlive the call, and on a GPU the work that the stream has then.")
       .def(
           "bucket",
           [](const Runtime& r, LayerIndex layer, std::int64_t rows) { return r.mailbox()->bucket(layer, rows); },

@@ -1,5 +1,5 @@
-// Tensors cross by DLPack (https://dmlc.github.io/dlpack/latest/): its C structs, an exporter of bytes that keeps their
-// owner alive, and a reader of contiguous host tensors.
+// Tensors cross by DLPack (https://dmlc.github.io/dlpack/latest/): its C structs, and an exporter of bytes that keeps
+// their owner alive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -48,15 +48,5 @@ struct ByteView {
   [[nodiscard]] DLDevice dl_device() const { return dl_device_of(device); }
   [[nodiscard]] pybind11::capsule dlpack() const;
 };
-
-// A contiguous 2-D tensor.
-struct RowsArgument {
-  pybind11::object capsule;  // keeps the tensor alive
-  std::byte* data;
-  std::int64_t rows;
-  ByteCount row_bytes;
-};
-// Throws Error(kShape) for another device than `device` (as in ByteView), rank or layout; `what` names the tensor.
-RowsArgument rows_from_dlpack(const pybind11::object& tensor, const char* what, std::int32_t device);
 
 }  // namespace sidp::bindings
