@@ -11,6 +11,7 @@ import typing_extensions
 
 __all__: list[str] = [
     "ALIGNMENT",
+    "LARGEST_SIMULATED",
     "Backend",
     "ByteView",
     "Decision",
@@ -19,15 +20,18 @@ __all__: list[str] = [
     "Op",
     "OpKernel",
     "Placement",
+    "PolicySimulation",
     "RingEntry",
     "Runtime",
     "StepKind",
     "StepShape",
+    "StepTimes",
     "Trace",
     "TraceEvent",
     "WeightPool",
     "add_graph",
     "backend_names",
+    "check_policy",
     "cuda_report",
     "decide",
     "graph_op",
@@ -36,10 +40,12 @@ __all__: list[str] = [
     "measure_copies",
     "measure_round_trip_us",
     "peer_layer",
-    "predict_step_ms",
+    "predict_step",
+    "products_s",
     "put_answer",
     "request_slot",
     "service_stream",
+    "step_over_stream",
     "torch_kernel",
     "unlink_segments",
 ]
@@ -188,15 +194,11 @@ class MachineProfile:
         round_trip_us: typing.SupportsFloat | typing.SupportsIndex,
         memory_bytes_per_s: typing.SupportsFloat | typing.SupportsIndex,
         flops_per_s: typing.SupportsFloat | typing.SupportsIndex,
+        copy_latency_us: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        products: collections.abc.Sequence[
+            tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]
+        ] = [],
     ) -> None: ...
-    @property
-    def copy_bytes_per_s(self) -> float: ...
-    @property
-    def flops_per_s(self) -> float: ...
-    @property
-    def memory_bytes_per_s(self) -> float: ...
-    @property
-    def round_trip_us(self) -> float: ...
 
 class StepShape:
     def __init__(
@@ -208,17 +210,60 @@ class StepShape:
         ops_per_layer: typing.SupportsInt | typing.SupportsIndex = 0,
         row_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
         element_bytes: typing.SupportsInt | typing.SupportsIndex = 4,
+        world_size: typing.SupportsInt | typing.SupportsIndex = 2,
     ) -> None: ...
+
+class StepTimes:
+    @property
+    def cas_s(self) -> float: ...
+    @property
+    def copy_s(self) -> float: ...
+    @property
+    def local_s(self) -> float: ...
+    @property
+    def was_floor_s(self) -> float: ...
+    @property
+    def was_s(self) -> float: ...
+    @property
+    def work_s(self) -> float: ...
 
 class Decision:
     @property
     def cas_ms(self) -> float: ...
+    @property
+    def explanation(self) -> str: ...
+    @property
+    def margin(self) -> float: ...
     @property
     def mode(self) -> Mode: ...
     @property
     def reason(self) -> str: ...
     @property
     def was_ms(self) -> float: ...
+
+class PolicySimulation:
+    """
+    The policy and its history without a runtime: for tests.
+    """
+    def __init__(
+        self,
+        *,
+        shape: StepShape,
+        profile: MachineProfile,
+        max_rows: typing.SupportsInt | typing.SupportsIndex,
+        hysteresis: typing.SupportsFloat | typing.SupportsIndex = 0.1,
+    ) -> None: ...
+    def step(
+        self,
+        num_tokens: typing.SupportsInt | typing.SupportsIndex,
+        was_ms: typing.SupportsFloat | typing.SupportsIndex,
+        cas_ms: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> Decision:
+        """
+        Decides, and times the step with what it would take in the chosen mode.
+        """
+    @property
+    def changes(self) -> int: ...
 
 class ByteView:
     """
@@ -357,6 +402,7 @@ class Runtime:
         element_bytes: typing.SupportsInt | typing.SupportsIndex,
         profile: MachineProfile,
         fixed: Mode | None,
+        fixed_sizes: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, Mode]],
         hysteresis: typing.SupportsFloat | typing.SupportsIndex,
         row_buckets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
         deferred_start: bool = False,
@@ -395,6 +441,14 @@ class Runtime:
     def launched(self) -> None:
         """
         It has been launched; call at once.
+        """
+    def predict(self, num_tokens: typing.SupportsInt | typing.SupportsIndex) -> StepTimes:
+        """
+        Predicted times of such a step, uncorrected.
+        """
+    def preview(self, num_tokens: typing.SupportsInt | typing.SupportsIndex) -> Decision:
+        """
+        What the policy would decide now; nothing begins.
         """
     def release_layer(
         self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
@@ -440,6 +494,11 @@ def backend_names() -> list[str]:
     Backends of this build.
     """
 
+def check_policy(profile: MachineProfile) -> None:
+    """
+    Raises ConfigError for a profile that makes no sense.
+    """
+
 def cuda_report() -> dict[str, typing.Any]:
     """
     What the CUDA driver says about this machine; never raises for what is missing.
@@ -455,17 +514,19 @@ def decide(
     *,
     num_tokens: typing.SupportsInt | typing.SupportsIndex,
     max_rows: typing.SupportsInt | typing.SupportsIndex,
-    peers_available: bool,
-    previous: Mode | None,
-    was_ms: typing.SupportsFloat | typing.SupportsIndex | None,
-    cas_ms: typing.SupportsFloat | typing.SupportsIndex | None,
+    unavailable_peer: typing.SupportsInt | typing.SupportsIndex | None = None,
+    previous: Mode | None = None,
+    recent_changes: typing.SupportsInt | typing.SupportsIndex = 0,
+    was: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] = (1.0, 0),
+    cas: tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] = (1.0, 0),
     shape: StepShape,
     profile: MachineProfile,
-    fixed: Mode | None,
-    hysteresis: typing.SupportsFloat | typing.SupportsIndex,
+    fixed: Mode | None = None,
+    fixed_sizes: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, Mode]] = [],
+    hysteresis: typing.SupportsFloat | typing.SupportsIndex = 0.1,
 ) -> Decision:
     """
-    The pure mode policy.
+    The pure mode policy; was, cas: correction and the timed steps that it rests on.
     """
 
 def graph_op(backend: Backend) -> OpKernel:
@@ -508,11 +569,24 @@ def peer_layer(pool: WeightPool, layer: typing.SupportsInt | typing.SupportsInde
     A streamed layer at its owner as mapped here; read-only.
     """
 
-def predict_step_ms(
-    mode: Mode, num_tokens: typing.SupportsInt | typing.SupportsIndex, profile: MachineProfile, shape: StepShape
+def predict_step(
+    rows: typing.SupportsFloat | typing.SupportsIndex,
+    profile: MachineProfile,
+    shape: StepShape,
+    other_s: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+) -> StepTimes:
+    """
+    Predicted seconds of a step; other_s: its work besides the pool's products.
+    """
+
+def products_s(
+    num_bytes: typing.SupportsFloat | typing.SupportsIndex,
+    rows: typing.SupportsFloat | typing.SupportsIndex,
+    profile: MachineProfile,
+    element_bytes: typing.SupportsInt | typing.SupportsIndex,
 ) -> float:
     """
-    Predicted milliseconds of a step, pooled weights only (see include/sidp/mode_policy.hpp).
+    Seconds of matrix products of so many rows with weights of so many bytes.
     """
 
 def put_answer(
@@ -543,6 +617,13 @@ def service_stream(runtime: Runtime) -> int:
     The stream that the owner's graphs are launched on.
     """
 
+def step_over_stream(
+    world_size: typing.SupportsInt | typing.SupportsIndex, work: typing.SupportsFloat | typing.SupportsIndex
+) -> float:
+    """
+    A WaS step in units of the stream alone, with so many units of compute beside it.
+    """
+
 def torch_kernel(
     *,
     weights: list[
@@ -570,3 +651,4 @@ def unlink_segments(token: str, world_size: typing.SupportsInt | typing.Supports
     """
 
 ALIGNMENT: int = 256
+LARGEST_SIMULATED: int = 16

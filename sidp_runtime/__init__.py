@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from . import errors
 from ._C import Mode
 from .group import Group
+from .machine_profile import MachineProfile
 from .manifest import LayerSpec, TensorSpec
 from .ops import Op
 from .placement import Placement
-from .policy import MachineProfile, ModePolicy
+from .policy import ModePolicy
 
 if TYPE_CHECKING:
     from .planner import Planner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -12,7 +13,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from . import _C, _torch
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, SidpError, UnsupportedError
+from .machine_profile import MachineProfile
 from .manifest import DTYPE_BYTES
 from .ops import Op
 
@@ -135,22 +137,58 @@ def _capture(
     return graph
 
 
-def measure(device: int) -> dict[str, float]:
-    """The figures of ``MachineProfile`` for a GPU."""
+def measure(device: int, pool: WeightPool | None) -> MachineProfile:
+    """``policy.measure`` for a GPU. The round trip is an estimate, and marked as assumed."""
+    assumed = ["round_trip_us"]
     with torch.cuda.device(device):
-        target = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        other = next((d for d in range(torch.cuda.device_count()) if d != device), device)
-        source = torch.empty_like(target, device=f"cuda:{other}").fill_(1)
+        source = _link_source(device, pool)
+        if source is None:
+            link = _bundled_link(device)
+            assumed.append("copy_bytes_per_s")
+        else:
+            target = torch.empty_like(source, device=f"cuda:{device}")
+            link = target.nbytes / _fastest(lambda: target.copy_(source, non_blocking=True))
         weights = torch.randn(16384, 8192, dtype=torch.bfloat16, device="cuda")
         row, rows = (torch.randn(count, 8192, dtype=torch.bfloat16, device="cuda") for count in (1, 2048))
         flops = 2.0 * weights.numel() * rows.shape[0]
-        return {
-            "copy_bytes_per_s": target.nbytes / _fastest(lambda: target.copy_(source, non_blocking=True)),
+        return MachineProfile(
+            copy_bytes_per_s=link,
             # A request and its answer are two trips of the kind: launch, run, seen by a host thread that polls.
-            "round_trip_us": 2 * _launch_and_seen_us(),
-            "memory_bytes_per_s": weights.nbytes / _fastest(lambda: torch.nn.functional.linear(row, weights)),
-            "flops_per_s": flops / _fastest(lambda: torch.nn.functional.linear(rows, weights)),
-        }
+            round_trip_us=2 * _launch_and_seen_us(),
+            memory_bytes_per_s=weights.nbytes / _fastest(lambda: torch.nn.functional.linear(row, weights)),
+            flops_per_s=flops / _fastest(lambda: torch.nn.functional.linear(rows, weights)),
+            assumed=tuple(assumed),
+        )
+
+
+def _link_source(device: int, pool: WeightPool | None) -> torch.Tensor | None:
+    """Bytes on another GPU to measure the link with: a peer's layer as mapped here, or memory of a visible GPU."""
+    if pool is not None:
+        placement = pool.placement
+        streamed = placement.streamed_layers(pool.group.rank)
+        if streamed:
+            layer = max(streamed, key=placement.layer_bytes)
+            with contextlib.suppress(SidpError):  # not mapped: it is reached over a network
+                return from_dlpack(_C.peer_layer(pool.core, layer))
+    for other in range(torch.cuda.device_count()):
+        if other != device and torch.cuda.can_device_access_peer(device, other):
+            return torch.ones(256 << 20, dtype=torch.uint8, device=f"cuda:{other}")
+    return None
+
+
+def _bundled_link(device: int) -> float:
+    """The link of the bundled profile of this GPU; its own memory would say nothing of one."""
+    from .planner.gpus import GpuProfile, bundled_gpus
+
+    name = torch.cuda.get_device_name(device)
+    for known in bundled_gpus():
+        if known in name.split():
+            return GpuProfile.read(known).rates.copy_bytes_per_s
+    raise ConfigError(
+        f"the link of device {device} ({name}) cannot be measured: no other GPU is visible here and no pool was given, "
+        "and no bundled profile is of this GPU. Give the pool (ModePolicy.calibrated(device=..., pool=...)) or run "
+        "`sidp calibrate` where two GPUs are visible"
+    )
 
 
 def _launch_and_seen_us(rounds: int = 200) -> float:

@@ -93,3 +93,7 @@ class RemoteOpError(SidpError, RuntimeError):
 
 class DeviceError(SidpError, RuntimeError):
     """A call of the GPU's driver failed; the message carries the driver's words."""
+
+
+class UnhelpfulWarning(UserWarning):
+    """A configuration that is predicted not to pay; ``warnings.simplefilter("error", UnhelpfulWarning)`` refuses it."""

@@ -1,61 +1,128 @@
-"""Mode policy: WaS or CaS for each step, from measured times, with hysteresis and a reason for each decision."""
+"""Mode policy: WaS or CaS for each step, from a profile and measured times, with hysteresis and a reason in words."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import _C, config
+from . import _C, config, machine_profile
 from ._C import Mode
 from .errors import ConfigError
+from .machine_profile import MachineProfile
 
-_PROFILE_VERSION = 1
+if TYPE_CHECKING:
+    from .weight_pool import WeightPool
+
+LARGEST_STEP = 8192  # tokens; engines seldom schedule more
+HELPFUL_WITHIN = 0.10  # a step that is slower than plain DP's by no more is not held against a configuration
 
 
 @dataclass(frozen=True)
-class MachineProfile:
-    """What a machine does. All rates above 0.
+class ModePolicy:
+    """Chooses a mode when a step begins: the one that the estimates call faster.
 
-    ``copy_bytes_per_s``: one lane, peer to local. ``round_trip_us``: an empty request and its reply.
-    ``memory_bytes_per_s``: weights through a matrix product of one row. ``flops_per_s``: a product of many rows.
+    An estimate is the profile's prediction (``docs/model.md``) times what recent steps of that mode and about that size
+    took of theirs, once three were timed. ``hysteresis``: share by which the other mode must be faster to be chosen, in
+    [0, 1); it grows where the mode changes often. A mode that its measurements
+    rule out is tried again after 100 steps of a size, each time after twice as many, for three steps, and only if its
+    prediction is the faster one.
+
+    ``fixed``: always this mode; or a mode for each captured batch size, where a step takes that of the first size which
+    holds it, and beyond the last the policy decides. ``Runtime.predicted_modes`` gives such a table.
     """
 
-    copy_bytes_per_s: float
-    round_trip_us: float
-    memory_bytes_per_s: float
-    flops_per_s: float
+    profile: MachineProfile
+    fixed: Mode | Mapping[int, Mode] | None = None
+    hysteresis: float = 0.10
 
-    def core(self) -> _C.MachineProfile:
-        return _C.MachineProfile(**asdict(self))
+    def __post_init__(self) -> None:
+        if not 0 <= self.hysteresis < 1:
+            raise ConfigError(f"hysteresis is {self.hysteresis}, must be in [0, 1)")
+        if isinstance(self.fixed, Mapping) and not self.fixed:
+            raise ConfigError("fixed has no batch size; pass None to let the policy decide")
+
+    @property
+    def fixed_mode(self) -> Mode | None:
+        return None if isinstance(self.fixed, Mapping) else self.fixed
+
+    @property
+    def fixed_sizes(self) -> list[tuple[int, Mode]]:
+        return sorted(self.fixed.items()) if isinstance(self.fixed, Mapping) else []
 
     @classmethod
-    def measure(cls, device: int | None = None) -> MachineProfile:
-        """Measures in about a second: on the host with one thread's copies, else on a GPU with its copy engine.
+    def calibrated(
+        cls,
+        *,
+        fixed: Mode | Mapping[int, Mode] | None = None,
+        hysteresis: float = 0.10,
+        device: int | None = None,
+        pool: WeightPool | None = None,
+    ) -> ModePolicy:
+        """A policy from this machine's profile: what ``sidp calibrate`` stored, else a shorter measurement, stored too.
 
-        A GPU's copies come from another GPU that this process sees, or from its own memory where there is none.
+        ``device``: ordinal of the GPU that the pool lies on; None: the host. ``pool``: the link is measured through its
+        peer mapping where no profile has it. A stored profile of another machine, other versions or another schema, or
+        a damaged one, is measured again. ``ConfigError`` if a link can be neither measured nor looked up.
         """
-        if device is not None:
-            from . import _torch_gpu
+        path = cache_path(device)
+        try:
+            profile = machine_profile.read(path, device)
+            if pool is None or "copy_bytes_per_s" not in profile.assumed:
+                return cls(profile, fixed, hysteresis)
+        except ConfigError:
+            pass  # none yet, of another machine or version, or damaged: measure
+        profile = measure(device, pool)
+        source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
+        content = machine_profile.document(profile, machine_profile.machine_key(device), _memory_bytes(device), source)
+        machine_profile.write(path, content)
+        return cls(profile, fixed, hysteresis)
 
-            return cls(**_torch_gpu.measure(device))
-        import numpy as np  # only here: it takes a tenth of a second
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        fixed: Mode | Mapping[int, Mode] | None = None,
+        hysteresis: float = 0.10,
+        device: int | None = None,
+    ) -> ModePolicy:
+        """A policy from what ``sidp calibrate --out`` wrote. ``ConfigError`` says why a profile is not valid here."""
+        return cls(machine_profile.read(Path(path), device), fixed, hysteresis)
 
-        source = np.ones(64 << 20, dtype=np.uint8)
-        target = np.empty_like(source)
-        weights = np.ones((4096, 2048), dtype=np.float32)
-        row = np.ones(2048, dtype=np.float32)
-        rows = np.ones((2048, 256), dtype=np.float32)
-        return cls(
-            copy_bytes_per_s=source.nbytes / _fastest(lambda: np.copyto(target, source)),
-            round_trip_us=_C.measure_round_trip_us(500),
-            memory_bytes_per_s=weights.nbytes / _fastest(lambda: weights @ row),
-            flops_per_s=2.0 * weights.size * rows.shape[1] / _fastest(lambda: weights @ rows),
-        )
+
+def cache_path(device: int | None) -> Path:
+    """Where the profile of the host, or of a GPU, is kept."""
+    name = "host" if device is None else machine_profile.machine_key(device)["uuid"]
+    return config.cache_dir() / f"profile-{name}.json"
+
+
+def measure(device: int | None = None, pool: WeightPool | None = None) -> MachineProfile:
+    """A profile in about a second, without other ranks. ``assumed`` names what could not be measured so.
+
+    On the host: one thread's copies. On a GPU the link is measured through the pool's peer mapping or from another GPU
+    that this process sees; else it is the bundled profile's of that GPU, and marked as assumed.
+    """
+    if device is not None:
+        from . import _torch_gpu
+
+        return _torch_gpu.measure(device, pool)
+    import numpy as np  # only here: it takes a tenth of a second
+
+    source = np.ones(64 << 20, dtype=np.uint8)
+    target = np.empty_like(source)
+    weights = np.ones((4096, 2048), dtype=np.float32)
+    row = np.ones(2048, dtype=np.float32)
+    rows = np.ones((2048, 256), dtype=np.float32)
+    return MachineProfile(
+        copy_bytes_per_s=source.nbytes / _fastest(lambda: np.copyto(target, source)),
+        round_trip_us=_C.measure_round_trip_us(500),
+        memory_bytes_per_s=weights.nbytes / _fastest(lambda: weights @ row),
+        flops_per_s=2.0 * weights.size * rows.shape[1] / _fastest(lambda: weights @ rows),
+    )
 
 
 def _fastest(call: Callable[[], object], repeats: int = 5) -> float:
@@ -67,62 +134,37 @@ def _fastest(call: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 
-def _profile_path(device: int | None) -> Path:
-    return config.cache_dir() / f"profile-{'host' if device is None else f'gpu{device}'}.json"
+def _memory_bytes(device: int | None) -> int:
+    if device is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(_C.cuda_report()["devices"][device]["memory_bytes"])
 
 
-def _machine_key(device: int | None) -> dict[str, object]:
-    report = None if device is None else _C.cuda_report()
-    return {
-        "gpus": None if report is None else [gpu["uuid"] for gpu in report["devices"]],
-        "driver": None if report is None else report["driver"],
-        "version": _PROFILE_VERSION,
-        "machine": platform.machine(),
-        "node": platform.node(),
-        "cores": os.cpu_count(),
-    }
+def advice(core: _C.Runtime, policy: ModePolicy, max_rows: int, held_bytes: int, pooled_bytes: int) -> list[str]:
+    """Why a configuration does not pay, with the figures; empty: it may.
 
-
-@dataclass(frozen=True)
-class ModePolicy:
-    """Chooses a mode when a step begins: the one that the estimates call faster.
-
-    ``fixed``: always this mode. ``hysteresis``: share by which the other mode must be faster to be chosen, in [0, 1).
-    Estimates are the measured times of recent steps of about the same size, or the profile's prediction
-    (``include/sidp/mode_policy.hpp`` has the formulas) where none ran yet.
+    It saves no memory where a rank holds as many bytes as a full replica; it is slow where no step of up to 8192 tokens
+    comes within 10 % of plain DP's in the better mode.
     """
-
-    profile: MachineProfile
-    fixed: Mode | None = None
-    hysteresis: float = 0.10
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.hysteresis < 1:
-            raise ConfigError(f"hysteresis is {self.hysteresis}, must be in [0, 1)")
-
-    @classmethod
-    def calibrated(
-        cls, *, fixed: Mode | None = None, hysteresis: float = 0.10, device: int | None = None
-    ) -> ModePolicy:
-        """A policy from this machine's profile, which is measured once and kept in the cache folder.
-
-        ``device``: ordinal of the GPU that the pool lies on; None: the host.
-        """
-        path = _profile_path(device)
-        try:
-            stored = json.loads(path.read_text())
-            if stored.pop("key") == _machine_key(device):
-                profile = MachineProfile(**stored)
-                if all(0 < rate < float("inf") for rate in asdict(profile).values()):
-                    return cls(profile, fixed, hysteresis)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # none yet, of another version, or damaged: measure
-        profile = MachineProfile.measure(device)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps({"key": _machine_key(device), **asdict(profile)}, indent=1))
-            scratch.replace(path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error}; set SIDP_CACHE_DIR to a folder that can be") from error
-        return cls(profile, fixed, hysteresis)
+    found = []
+    if held_bytes >= pooled_bytes:
+        found.append(
+            f"this rank holds {held_bytes} bytes of layers and ring, a full replica {pooled_bytes}: sharing saves "
+            "nothing here; use fewer ring slots or resident layers, or plain data parallelism"
+        )
+    worst = []
+    for bit in range(LARGEST_STEP.bit_length()):
+        tokens = 1 << bit
+        times = core.predict(tokens)
+        modes = {Mode.WAS: times.was_s} | ({Mode.CAS: times.cas_s} if tokens <= max_rows else {})
+        if policy.fixed_mode is not None:
+            modes = {policy.fixed_mode: {Mode.WAS: times.was_s, Mode.CAS: times.cas_s}[policy.fixed_mode]}
+        mode, seconds = min(modes.items(), key=lambda item: item[1])
+        if seconds <= (1 + HELPFUL_WITHIN) * times.local_s:
+            return found
+        worst.append(f"{tokens} tokens {seconds * 1e3:.3g} ms ({mode.name}) against {times.local_s * 1e3:.3g}")
+    found.append(
+        f"no step of up to {LARGEST_STEP} tokens is predicted within {HELPFUL_WITHIN:.0%} of plain data parallelism: "
+        f"{worst[0]}, {worst[-1]}; it pays only if the memory gained is worth that. See `sidp plan`"
+    )
+    return found

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _C, _torch
 from ._C import Mode, StepKind
-from .errors import ClosedError, ConfigError, SidpError, UnknownNameError
+from .errors import ClosedError, ConfigError, SidpError, UnhelpfulWarning, UnknownNameError
 from .manifest import DTYPE_BYTES
 from .ops import Op, OpProgram
-from .policy import ModePolicy
+from .policy import ModePolicy, advice
 from .tracing import NUM_EVENTS, Tracing
 from .weight_pool import WeightPool
 
@@ -56,6 +57,11 @@ class Step:
     @property
     def reason(self) -> str:
         return self._begun().reason
+
+    @property
+    def explanation(self) -> str:
+        """The reason in words, with the figures that were compared."""
+        return self._begun().explanation
 
     def _begun(self) -> _C.Decision:
         if self._decision is None:
@@ -102,7 +108,7 @@ class Runtime:
     ) -> None:
         self.pool = pool
         self._device = pool.group.device
-        self.policy = policy or ModePolicy.calibrated(device=self._device)
+        self.policy = policy or ModePolicy.calibrated(device=self._device, pool=pool)
         if self._device is None and row_buckets is not None:
             raise ConfigError("the host backend computes every row count; row_buckets are for GPUs")
         buckets = _row_buckets(max_rows, row_buckets) if self._device is not None and ops else []
@@ -126,14 +132,18 @@ class Runtime:
                 for op, program in zip(ops, programs, strict=True)
             ),
             element_bytes=DTYPE_BYTES[pool.layers[0].tensors[0].dtype],
-            profile=self.policy.profile.core(),
-            fixed=self.policy.fixed,
+            profile=self.policy.profile.core,
+            fixed=self.policy.fixed_mode,
+            fixed_sizes=self.policy.fixed_sizes,
             hysteresis=self.policy.hysteresis,
             row_buckets=buckets,
             deferred_start=bool(buckets),
             test_lane_delay_us=test_lane_delay_us,
             test_service_delay_us=test_service_delay_us,
         )
+        if pool.placement.streamed_layers(pool.group.rank):
+            for words in advice(self._core, self.policy, max_rows, pool.held_bytes, pool.pooled_bytes):
+                warnings.warn(words, UnhelpfulWarning, stacklevel=2)
         # Addresses are fixed for the life of the pool, so the views are made once.
         self._views = {
             i: pool.layer_view(i) if pool.is_local(i) else pool.ring_view(i) for i in range(len(pool.layers))
@@ -205,6 +215,10 @@ class Runtime:
         ``with runtime.replay_step(n) as step: step.replay(graphs[step.mode])``
         """
         return Step(self, num_tokens, self._stream(stream), StepKind.REPLAY)
+
+    def predicted_modes(self, batch_sizes: Iterable[int]) -> dict[int, Mode]:
+        """The mode that the policy would choose now for each size: what to capture, and a ``fixed`` for a policy."""
+        return {size: self._core.preview(size).mode for size in batch_sizes}
 
     def begin_step(self, num_tokens: int, *, stream: object = None) -> _C.Decision:
         """Opens a step where a context manager does not fit; close it with ``end_step``."""
@@ -279,7 +293,12 @@ class Runtime:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks."""
+        """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks.
+
+        Of the policy: ``decisions`` by reason, ``last_decision`` in words, ``mode_changes``, and ``step_times`` by mode
+        and size: medians of recent steps, predicted and measured, and the correction. On a GPU times are those of the
+        stream, and those of the last steps come with the next ones.
+        """
         return self._final_stats if self._open_core is None else self._open_core.stats()
 
     def tracing(self, path: Path | str | None = None, *, num_events: int = NUM_EVENTS, nvtx: bool = False) -> Tracing:

@@ -22,6 +22,21 @@ py::typing::Dict<py::str, py::object> to_dict(const RuntimeStats& s) {
   d["tokens"] = tokens;
   d["decisions"] = decisions;
   d["steps_broken_off"] = s.steps_broken_off;
+  py::list step_times;
+  for (const StepHistory::Entry& entry : s.step_times) {
+    py::dict times;
+    times["mode"] = std::string(to_string(entry.mode));
+    times["from_tokens"] = entry.from_tokens;
+    times["to_tokens"] = entry.to_tokens;
+    times["steps_timed"] = entry.steps;
+    times["predicted_ms"] = entry.predicted_ms;
+    times["measured_ms"] = entry.measured_ms;
+    times["correction"] = entry.correction;
+    step_times.append(times);
+  }
+  d["step_times"] = step_times;
+  d["mode_changes"] = s.mode_changes;
+  d["last_decision"] = s.last_decision.num_tokens == 0 ? "" : explain(s.last_decision);
   d["fetches"] = s.prefetcher.fetches;
   d["ring_hits"] = s.prefetcher.ring_hits;
   d["fetch_wait_ns"] = s.prefetcher.wait_ns;
@@ -75,7 +90,8 @@ void bind_runtime(py::module_& m) {
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
       .def(py::init([](std::shared_ptr<WeightPool> pool, std::vector<Op> ops, std::int64_t deadline_ms,
                        std::int64_t max_rows, ByteCount row_bytes, std::int32_t element_bytes,
-                       const MachineProfile& profile, std::optional<Mode> fixed, double hysteresis,
+                       const MachineProfile& profile, std::optional<Mode> fixed,
+                       std::vector<std::pair<std::int64_t, Mode>> fixed_sizes, double hysteresis,
                        std::vector<std::int64_t> row_buckets, bool deferred_start, std::uint32_t test_lane_delay_us,
                        std::uint32_t test_service_delay_us) {
              RuntimeOptions options;
@@ -85,7 +101,7 @@ void bind_runtime(py::module_& m) {
              options.ops_per_layer = static_cast<std::int32_t>(ops.size());
              options.element_bytes = element_bytes;
              options.profile = profile;
-             options.policy = {fixed, hysteresis};
+             options.policy = {fixed, std::move(fixed_sizes), hysteresis};
              options.row_buckets = std::move(row_buckets);
              options.deferred_start = deferred_start;
              options.lane.test_delay_us = test_lane_delay_us;
@@ -93,9 +109,10 @@ void bind_runtime(py::module_& m) {
              return std::make_shared<Runtime>(std::move(pool), std::move(ops), options);
            }),
            py::arg("pool"), py::arg("ops"), py::kw_only(), py::arg("deadline_ms"), py::arg("max_rows"),
-           py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("hysteresis"),
-           py::arg("row_buckets") = std::vector<std::int64_t>{}, py::arg("deferred_start") = false,
-           py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0, ReleaseGil())
+           py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("fixed_sizes"),
+           py::arg("hysteresis"), py::arg("row_buckets") = std::vector<std::int64_t>{},
+           py::arg("deferred_start") = false, py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0,
+           ReleaseGil())
       .def(
           "start", &Runtime::start, py::arg("failure") = "", ReleaseGil(),
           "Collective after deferred_start: begins to answer the other ranks. failure: why this one cannot; all raise.")
@@ -106,6 +123,8 @@ void bind_runtime(py::module_& m) {
           },
           py::arg("num_tokens"), py::arg("stream") = 0, py::arg_v("kind", StepKind::kRun, "StepKind.RUN"),
           py::arg("mode") = py::none(), ReleaseGil())
+      .def("preview", &Runtime::preview, py::arg("num_tokens"), "What the policy would decide now; nothing begins.")
+      .def("predict", &Runtime::predict, py::arg("num_tokens"), "Predicted times of such a step, uncorrected.")
       .def("check_launch", &Runtime::check_launch, "Raises unless a graph may be launched now, in a replay step.")
       .def("launched", &Runtime::launched, ReleaseGil(), "It has been launched; call at once.")
       .def("end_step", &Runtime::end_step, py::arg("broken_off"), ReleaseGil())

@@ -1,7 +1,6 @@
 #include "sidp/runtime.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <string>
 
 #include "collective.hpp"
@@ -10,8 +9,6 @@
 namespace sidp {
 
 namespace {
-
-constexpr double kNewSampleShare = 0.25;  // of the moving average of step times
 
 constexpr std::size_t index(Mode mode) { return static_cast<std::size_t>(mode); }
 
@@ -41,9 +38,14 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   shape_.ops_per_layer = options_.ops_per_layer;
   shape_.row_bytes = options_.row_bytes;
   shape_.element_bytes = options_.element_bytes;
+  shape_.world_size = placement.world_size();
   if (options_.policy.fixed == Mode::kCas && ops.empty() && placement.world_size() > 1)
     throw Error(ErrorCode::kConfig, "mode CaS needs ops: declare what the owner of a layer shall compute");
-  decide({.num_tokens = 1}, shape_, options_.profile, options_.policy);  // rejects a bad policy before anything is made
+  check_policy(shape_, options_.profile, options_.policy);  // before anything is made
+  for (const auto& [size, mode] : options_.policy.fixed_sizes)
+    if (mode == Mode::kCas && size > options_.max_rows && placement.world_size() > 1)
+      throw Error(ErrorCode::kConfig, "batch size " + std::to_string(size) + " is fixed to CaS, but a request holds " +
+                                          std::to_string(options_.max_rows) + " rows; raise max_rows or fix WaS");
   pool_->check_unclaimed();
   // A rank without ops makes no mailbox and would leave the others waiting for it there.
   check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops", std::to_string(ops.size()));
@@ -53,6 +55,7 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
     channel_ = pool_->backend().make_channel(*pool_, *mailbox_, channel);
     if (!channel_) channel_ = std::make_unique<FlagChannel>(*pool_, *mailbox_, channel);
   }
+  timer_ = pool_->backend().make_step_timer();
   prefetcher_ = std::make_unique<Prefetcher>(*pool_, options_.deadline, options_.lane);
   pool_->claim();
   if (channel_ && !options_.deferred_start) channel_->start();
@@ -111,21 +114,42 @@ void Runtime::check() const {
   if (channel_) channel_->check();
 }
 
-bool Runtime::peers_available() const {
-  return std::all_of(owners_.begin(), owners_.end(),
-                     [&](Rank owner) { return channel_ ? channel_->available(owner) : pool_->backend().alive(owner); });
+std::optional<Rank> Runtime::unavailable_peer() const {
+  for (const Rank owner : owners_)
+    if (!(channel_ ? channel_->available(owner) : pool_->backend().alive(owner))) return owner;
+  return std::nullopt;
 }
 
-std::optional<double>& Runtime::measured(Mode mode, std::int64_t num_tokens) {
-  return step_ms_[index(mode)][static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(num_tokens))) % 64];
+StepTimes Runtime::predict(std::int64_t num_tokens) const {
+  return predict_step(static_cast<double>(num_tokens), options_.profile, shape_);
+}
+
+Decision Runtime::preview(std::int64_t num_tokens) const {
+  if (num_tokens < 1)
+    throw Error(ErrorCode::kConfig, "num_tokens is " + std::to_string(num_tokens) + ", must be at least 1");
+  PolicySnapshot snapshot{.num_tokens = num_tokens,
+                          .max_rows = mailbox_ ? mailbox_->max_rows() : 0,
+                          .unavailable_peer = unavailable_peer()};
+  history_.fill(snapshot);
+  return decide(snapshot, shape_, options_.profile, options_.policy);
+}
+
+// Times that have arrived since, of steps that may have ended long ago.
+void Runtime::take_times() {
+  while (!untaken_.empty()) {
+    const std::optional<double> ms = timer_->take();
+    if (!ms) return;
+    const auto [mode, num_tokens] = untaken_.front();
+    untaken_.pop_front();
+    const StepTimes times = predict(num_tokens);
+    history_.timed(mode, num_tokens, 1e3 * (mode == Mode::kWas ? times.was_s : times.cas_s), *ms);
+  }
 }
 
 Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind kind, std::optional<Mode> mode) {
   check_open();
   if (in_step_)
     throw Error(ErrorCode::kUsage, "a step is open already; steps do not nest", {.rank = pool_->backend().rank()});
-  if (num_tokens < 1)
-    throw Error(ErrorCode::kConfig, "num_tokens is " + std::to_string(num_tokens) + ", must be at least 1");
   if (lane_failed_)
     throw Error(ErrorCode::kUsage,
                 "an earlier fetch outlived its deadline and the ring is no longer in order; close this runtime",
@@ -134,21 +158,16 @@ Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind ki
     throw Error(ErrorCode::kUnsupported,
                 "backend '" + pool_->backend().capabilities().name + "' has no graphs to capture or replay");
   check();
+  if (kind != StepKind::kCapture) take_times();  // a capture forbids to ask for events
+  decision_ = preview(num_tokens);
+  if (mode) decision_ = {.mode = *mode, .reason = Reason::kFixed, .num_tokens = num_tokens};
   if (kind != StepKind::kCapture) pool_->backend().follow_step_end(stream);
-  const PolicySnapshot snapshot{.num_tokens = num_tokens,
-                                .max_rows = mailbox_ ? mailbox_->max_rows() : 0,
-                                .peers_available = peers_available(),
-                                .previous = previous_,
-                                .was_ms = measured(Mode::kWas, num_tokens),
-                                .cas_ms = measured(Mode::kCas, num_tokens)};
-  decision_ = decide(snapshot, shape_, options_.profile, options_.policy);
-  if (mode) decision_ = {*mode, Reason::kFixed, 0, 0};
   kind_ = kind;
   stream_ = stream;
   launched_ = false;
   in_step_ = true;
   step_tokens_ = num_tokens;
-  step_start_ = Clock::now();
+  timing_ = kind != StepKind::kCapture && history_.wants(decision_.mode, num_tokens) && timer_->begin(stream);
   prefetcher_->begin_step(kind == StepKind::kCapture);
   step_span_.emplace(tracer_, trace_session(),
                      TraceEvent{.mode = decision_.mode, .reason = decision_.reason, .rows = num_tokens},
@@ -190,6 +209,8 @@ void Runtime::end_step(bool broken_off) {
     bool broken_off;
     ~MarkEnd() {
       runtime.end_step_span(broken_off);
+      if (runtime.timing_) runtime.timer_->drop();
+      runtime.timing_ = false;
       runtime.pool_->backend().mark_step_end(runtime.stream_);
     }
   } mark{*this, broken_off};
@@ -216,11 +237,12 @@ void Runtime::end_step(bool broken_off) {
   }
   ++stats_.steps[index(decision_.mode)];
   stats_.tokens[index(decision_.mode)] += static_cast<std::uint64_t>(step_tokens_);
-  previous_ = decision_.mode;
-  if (pool_->backend().capabilities().stream_ordered) return;  // the host's time is not the step's
-  const double ms = std::chrono::duration<double, std::milli>(Clock::now() - step_start_).count();
-  auto& average = measured(decision_.mode, step_tokens_);
-  average = average ? *average + kNewSampleShare * (ms - *average) : ms;
+  history_.chosen(decision_.mode, step_tokens_);
+  if (!timing_) return;
+  timing_ = false;
+  timer_->end(stream_);
+  untaken_.push_back({decision_.mode, step_tokens_});
+  if (!pool_->backend().capabilities().stream_ordered) take_times();
 }
 
 inline const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
@@ -325,6 +347,8 @@ Trace Runtime::stop_trace() {
 RuntimeStats Runtime::stats() const {
   RuntimeStats stats = stats_;
   stats.prefetcher = prefetcher_->stats();
+  stats.step_times = history_.entries();
+  stats.mode_changes = history_.changes();
   if (channel_) {
     stats.requester = channel_->requester_stats();
     stats.service = channel_->service_stats();

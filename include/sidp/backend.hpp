@@ -88,6 +88,19 @@ class Lane {
   virtual void released(std::uint32_t) {}
 };
 
+// Times of steps as the device sees them, read without waiting. One thread; at most one step is open.
+class StepTimer {
+ public:
+  virtual ~StepTimer() = default;
+  // Marks the start of a step on its stream. False if so many steps are still under way that this one goes untimed.
+  virtual bool begin(Stream stream) noexcept = 0;
+  virtual void end(Stream stream) noexcept = 0;  // of the step that was begun
+  virtual void drop() noexcept = 0;              // that step does not count
+  // Milliseconds of the oldest step that has ended and was not taken yet; empty: none has ended. 0: the
+  // device could not tell. In the order in which they began.
+  virtual std::optional<double> take() noexcept = 0;
+};
+
 struct LaneOptions {
   std::uint32_t test_delay_us = 0;  // tests only: sleep before every copy
 };
@@ -140,6 +153,8 @@ class Backend {
   virtual void mark_step_end(Stream) noexcept {}
   virtual bool wait_step_end(Milliseconds) noexcept { return true; }
   virtual void follow_step_end(Stream) {}
+  // By the clock of this machine where calls do not outlast a step, else by the device's events.
+  virtual std::unique_ptr<StepTimer> make_step_timer();
   // A stream did not come to its end: close() frees nothing on any rank.
   virtual void keep_memory() noexcept {}
   // Collective, last: frees symmetric memory once every living rank has come here. If a rank died or does not come

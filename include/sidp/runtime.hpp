@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -39,11 +40,13 @@ struct RuntimeStats {
   PrefetcherStats prefetcher;
   RequesterStats requester;
   ServiceStats service;
-  std::array<std::uint64_t, 2> steps{};      // by Mode
-  std::array<std::uint64_t, 2> tokens{};     // by Mode
-  std::array<std::uint64_t, 6> decisions{};  // by Reason
+  std::array<std::uint64_t, 2> steps{};                // by Mode
+  std::array<std::uint64_t, 2> tokens{};               // by Mode
+  std::array<std::uint64_t, kNumReasons> decisions{};  // by Reason
   std::uint64_t steps_broken_off = 0;
   Decision last_decision{};
+  std::vector<StepHistory::Entry> step_times;
+  std::uint64_t mode_changes = 0;  // between steps of about one size
 };
 
 class Runtime {
@@ -83,6 +86,10 @@ class Runtime {
   // Streamed layers only, in a CaS step only. Errors as Requester::compute.
   void remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y);
 
+  // The mode that the policy would choose now; nothing begins. For the choice of what to capture.
+  [[nodiscard]] Decision preview(std::int64_t num_tokens) const;
+  // What a step of so many rows is predicted to take, uncorrected.
+  [[nodiscard]] StepTimes predict(std::int64_t num_tokens) const;
   [[nodiscard]] const WeightPool& pool() const { return *pool_; }
   [[nodiscard]] const Mailbox* mailbox() const { return mailbox_.get(); }
   [[nodiscard]] ActivationChannel* channel() const { return channel_.get(); }
@@ -101,11 +108,16 @@ class Runtime {
   void check_in_step(const char* call) const;
   void check_stream(const char* call, Stream stream) const;
   const std::byte* fetch(Stream stream, LayerIndex layer);
-  [[nodiscard]] bool peers_available() const;
+  [[nodiscard]] std::optional<Rank> unavailable_peer() const;
+  void take_times();
   [[nodiscard]] Tracer::Session trace_session() const;  // 0 also while calls go into a graph
   [[nodiscard]] TraceEvent request_event(LayerIndex layer, OpIndex op, std::int64_t rows) const;
   void end_step_span(bool broken_off) noexcept;
-  std::optional<double>& measured(Mode mode, std::int64_t num_tokens);
+
+  struct UntakenStep {
+    Mode mode;
+    std::int64_t num_tokens;
+  };
 
   std::shared_ptr<WeightPool> pool_;
   RuntimeOptions options_;
@@ -122,10 +134,11 @@ class Runtime {
   Stream stream_{};  // of the open step
   bool launched_ = false;
   Decision decision_{};
-  std::optional<Mode> previous_;
   std::int64_t step_tokens_ = 0;
-  Clock::time_point step_start_;
-  std::array<std::array<std::optional<double>, 64>, 2> step_ms_{};  // by mode and bit width of the token count
+  StepHistory history_;
+  std::unique_ptr<StepTimer> timer_;
+  bool timing_ = false;                // the open step
+  std::deque<UntakenStep> untaken_{};  // timed, in order; their times come later
   Tracer& tracer_;
   std::optional<TraceSpan> step_span_;
   std::vector<std::optional<TraceSpan>> use_spans_;  // by layer; of the open step

@@ -5,7 +5,8 @@
 Pure functions of a model's config, a GPU profile and a workload; ``docs/model.md`` derives every formula.
 """
 
-from .gpus import GpuProfile, LinearTimes, bundled_gpus
+from ..machine_profile import LinearTimes
+from .gpus import GpuProfile, bundled_gpus
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape, bundled_models
 from .planner import Plan, Planner, Scheme, Thresholds, Workload

@@ -10,7 +10,6 @@ from typing import Any
 from .. import _C
 from ..errors import CapacityError, ConfigError
 from . import memory, step_time
-from .contention import LARGEST_SIMULATED
 from .gpus import GpuProfile
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
@@ -287,9 +286,9 @@ class Planner:
                 f"{self.replicas} replicas are more than the {self.gpu.nvlink_domain} of one NVLink domain of "
                 f"{self.gpu.name}; links between domains are slower than planned"
             )
-        if self.replicas > LARGEST_SIMULATED:
+        if self.replicas > _C.LARGEST_SIMULATED:
             found.append(
-                f"waiting at owners' links was simulated for {LARGEST_SIMULATED} replicas, not {self.replicas}"
+                f"waiting at owners' links was simulated for {_C.LARGEST_SIMULATED} replicas, not {self.replicas}"
             )
         if self.gpu.origin != "measured":
             found.append(f"{self.gpu.name}: no measurement; rates are a datasheet's, scaled (docs/model.md)")

@@ -1,12 +1,13 @@
-"""Predicted time of a step: the formulas of ``include/sidp/mode_policy.hpp`` with attention, head and what the stream's
-bytes cost the work beside them. ``docs/model.md`` derives them and says what they leave out.
+"""Predicted time of a step: the mode policy's own formulas (``include/sidp/mode_policy.hpp``), with attention and head.
+
+``docs/model.md`` derives them and says what they leave out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .contention import step_over_stream
+from .. import _C
 from .gpus import GpuProfile
 from .model_shape import ModelShape
 
@@ -86,18 +87,24 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
     CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
     for itself; round trips and the rows' bytes come on top.
     """
-    local = local_s(gpu, shape, load)
-    copy = streamed.num_bytes / gpu.rates.copy_bytes_per_s
-    beside = streamed.num_bytes / gpu.rates.memory_bytes_per_s
-    trips = streamed.num_layers * OPS_PER_LAYER * gpu.rates.round_trip_us * 1e-6
-    row_bytes = streamed.num_layers * load.rows * shape.row_bytes
+    core = _C.StepShape(
+        total_bytes=shape.linear_bytes,
+        streamed_bytes=streamed.num_bytes,
+        streamed_layers=streamed.num_layers,
+        ops_per_layer=OPS_PER_LAYER,
+        row_bytes=shape.row_bytes,
+        element_bytes=shape.element_bytes,
+        world_size=world_size,
+    )
+    other = attention_s(gpu, shape, load) + head_s(gpu, shape, load)
+    times = _C.predict_step(load.rows, gpu.rates.core, core, other)
     return StepTimes(
-        local_s=local,
-        copy_s=copy,
-        work_s=local + beside,
-        was_floor_s=max(local + beside, copy),
-        was_s=copy * step_over_stream(world_size, (local + beside) / copy) if copy else local,
-        cas_s=local + trips + row_bytes / gpu.rates.copy_bytes_per_s,
+        local_s=times.local_s,
+        copy_s=times.copy_s,
+        work_s=times.work_s,
+        was_floor_s=times.was_floor_s,
+        was_s=times.was_s,
+        cas_s=times.cas_s,
         cas_lockstep_s=lockstep_cas_s(gpu, shape, load, streamed, world_size),
     )
 
@@ -121,7 +128,8 @@ def lockstep_cas_s(
     linears = gpu.linears_s(pooled, load.rows * world_size, shape.element_bytes)
     linears += gpu.linears_s(shape.linear_bytes - pooled, load.rows, shape.element_bytes)
     moved = load.rows * (shape.row_bytes if row_bytes is None else row_bytes) / gpu.rates.copy_bytes_per_s
-    trips = streamed.num_layers * share * (ops_per_layer * gpu.rates.round_trip_us * 1e-6 + moved)
+    layers = min(streamed.num_layers * share, shape.num_layers)  # an uneven share must not make more than there are
+    trips = layers * (ops_per_layer * gpu.rates.round_trip_us * 1e-6 + moved)
     return linears + attention_s(gpu, shape, load) + head_s(gpu, shape, load) + trips
 
 

@@ -7,13 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import ConfigError
+from ..planner.gpus import GpuProfile
 from .config import SimulationConfig
 
 # H200 pair: 16 layers of Qwen3-32B's shape in bf16, without attention.
 H200_LAYER_BYTES = 2 * (8192 * 5120 + 3 * 5120 * 25600 + 5120 * 10240)
-# Step of 16 layers with all weights local, ms by rows.
-H200_LOCAL_STEP_MS = {1: 4.25, 32: 4.41, 64: 5.12, 128: 6.33, 256: 8.04, 512: 14.1, 768: 20.6, 1024: 27.3,
-                      1536: 40.5, 2048: 53.5}  # fmt: skip
 # One matrix product beside a saturated copy engine over the same product alone, by rows.
 H200_SLOWDOWN = ((64, 1.16), (256, 1.05), (1024, 1.09), (2048, 0.99))
 H200_LINK_GBPS = 373.0  # copy engine, both directions at once, 1 GiB
@@ -41,12 +39,14 @@ def h200_pair(rows: int, **changes: Any) -> SimulationConfig:
 
     Fields of SimulationConfig in ``changes`` replace those given here.
     """
-    if rows not in H200_LOCAL_STEP_MS:
-        raise ConfigError(f"{rows} rows were not measured; take one of {', '.join(map(str, H200_LOCAL_STEP_MS))}")
+    times = GpuProfile.read("H200").rates.linear_times  # of 16 layers with all weights local
+    assert times is not None
+    if rows not in times.rows:
+        raise ConfigError(f"{rows} rows were not measured; take one of {', '.join(map(str, times.rows))}")
     config = SimulationConfig(
         world_size=2,
         layer_bytes=(H200_LAYER_BYTES,) * 16,
-        layer_ms=H200_LOCAL_STEP_MS[rows] / 16,
+        layer_ms=times.seconds[times.rows.index(rows)] * 1e3 / 16,
         rows=rows,
         link_gbps=H200_LINK_GBPS,
         copy_latency_us=H200_COPY_LATENCY_US,

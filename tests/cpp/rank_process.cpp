@@ -226,6 +226,14 @@ class RankProcess {
     note("was_steps", stats.steps[0]);
     note("cas_steps", stats.steps[1]);
     note("fetches", stats.prefetcher.fetches);
+    double longest_ms = 0;
+    std::uint64_t timed = 0;
+    for (const auto& entry : stats.step_times) {
+      timed += entry.steps;
+      longest_ms = std::max(longest_ms, entry.measured_ms);
+    }
+    note("timed", timed);
+    note("longest_us", static_cast<std::int64_t>(1e3 * longest_ms));
     note("fallbacks", stats.requester.fallbacks);
     note("requests", requests);
     note("rows", stats.requester.rows_sent);

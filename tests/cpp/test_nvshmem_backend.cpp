@@ -60,6 +60,22 @@ TEST_P(GpuGroups, StepsAreRightInEveryMode) {
   }
 }
 
+// Calls return at once here, and a step lasts as long as its ops do: what is reported is the streams' time. Most steps
+// are timed; the last ones are still under way when the next would ask for them.
+TEST(GpuBackend, StepsAreTimedOnTheirStream) {
+  RankGroup group(2, gpu({"mode=cas", "steps=12", "op_delay_ms=10", "linger=1"}));
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "waiting");
+  group.set_mark("stop");
+  expect_all_finish(group, 2);
+  for (Rank rank = 0; rank < 2; ++rank) {
+    EXPECT_GE(number(group.result(rank), "timed"), 4);
+    EXPECT_LT(number(group.result(rank), "timed"), 12);
+    EXPECT_GE(number(group.result(rank), "longest_us"), 30'000);  // of three or four streamed layers
+    EXPECT_LT(number(group.result(rank), "longest_us"), 20'000'000);
+  }
+}
+
 TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
   for (const std::string mode : {"was", "cas"}) {
     SCOPED_TRACE("mode " + mode);

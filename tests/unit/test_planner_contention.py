@@ -7,12 +7,21 @@ from statistics import mean
 
 import pytest
 
-from sidp_runtime.planner import GpuProfile, ModelShape, Planner, StepLoad, Streamed, Workload, contention, step_time
-from sidp_runtime.simulator import SimulationConfig, scenarios, simulate
+from sidp_runtime import _C
+from sidp_runtime.planner import GpuProfile, ModelShape, Planner, StepLoad, Streamed, Workload, step_time
+from sidp_runtime.simulator import SimulationConfig, contention, scenarios, simulate
 
 H200 = GpuProfile.read("H200")
 QWEN = ModelShape.read("Qwen/Qwen3-32B")
 LAYER_BYTES = 975_175_680
+
+
+@pytest.mark.parametrize("replicas", [3, 4, 8])
+def test_the_policys_table_is_the_simulators(replicas: int) -> None:
+    for work, simulated in zip(contention.WORK, contention.steps_over_stream(replicas), strict=True):
+        assert _C.step_over_stream(replicas, work) == pytest.approx(simulated, abs=6e-5)
+    assert _C.step_over_stream(2, 0.5) == 1
+    assert _C.step_over_stream(2, 1.5) == 1.5
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 8])
@@ -44,18 +53,18 @@ def test_eight_h20_are_not_predicted_faster_than_measured(rows: int, measured_ms
     """48 layers, 42 of them streamed; starts that drift (1024 rows) or lie 1 ms apart. In phase is slower still."""
     copy_ms = 42 * scenarios.H20_LAYER_BYTES / (scenarios.H200_LINK_GBPS * 1e6)
     work_ms = 48 * scenarios.H20_PRODUCT_MS * rows / scenarios.H20_PRODUCT_ROWS
-    predicted_ms = copy_ms * contention.step_over_stream(8, work_ms / copy_ms)
+    predicted_ms = copy_ms * _C.step_over_stream(8, work_ms / copy_ms)
     assert predicted_ms == pytest.approx(measured_ms, rel=0.10)
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 8, 16])
 def test_a_step_grows_with_its_work_and_the_exposed_stream_shrinks(replicas: int) -> None:
     work = [i / 10 for i in range(60)]
-    steps = [contention.step_over_stream(replicas, value) for value in work]
+    steps = [_C.step_over_stream(replicas, value) for value in work]
     assert all(a <= b + 1e-12 for a, b in pairwise(steps))
     assert all(b - a <= 0.1 + 1e-9 for a, b in pairwise(steps))
     assert all(step >= max(1.0, value) - 1e-9 for step, value in zip(steps, work, strict=True))
-    assert contention.step_over_stream(40, 1.0) == contention.step_over_stream(16, 1.0)
+    assert _C.step_over_stream(40, 1.0) == _C.step_over_stream(16, 1.0)
 
 
 def test_more_replicas_than_a_domain_are_named() -> None:

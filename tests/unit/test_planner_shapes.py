@@ -184,7 +184,7 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
 )
 def test_measured_times_are_read_strictly(change: dict[str, Any], words: str) -> None:
     linears = {"num_bytes": 100, "rows": [1, 2], "ms": [1.0, 2.0]}
-    rates = {"copy_gbps": 1, "round_trip_us": 1, "memory_gbps": 1, "bf16_tflops": 1, "source": "x"}
+    rates = {"copy_gbps": 1, "round_trip_us": 1, "memory_gbps": 1, "tflops": 1, "source": "x"}
     facts = {"memory_gib": 2, "memory_source": "y", "nvlink_domain": 4}
     assert GpuProfile.from_facts("mine", facts | {"measured": rates | {"linears": linears}}).nvlink_domain == 4
     with pytest.raises(ConfigError, match=words):

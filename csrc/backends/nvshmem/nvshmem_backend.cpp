@@ -8,6 +8,7 @@
 #include "copy_lane.hpp"
 #include "core/collective.hpp"
 #include "event_clock.hpp"
+#include "event_timer.hpp"
 #include "sidp/error.hpp"
 
 namespace sidp::nvshmem {
@@ -227,6 +228,8 @@ void NvshmemBackend::follow_step_end(Stream stream) {
   device_->check(device_->api().cuStreamWaitEvent(static_cast<CUstream>(stream.handle), step_end_, 0),
                  "cuStreamWaitEvent");
 }
+
+std::unique_ptr<StepTimer> NvshmemBackend::make_step_timer() { return std::make_unique<EventTimer>(device_); }
 
 std::atomic_ref<std::uint32_t> NvshmemBackend::left(Rank rank) const {
   return std::atomic_ref<std::uint32_t>(*host_.flag_word({rank, num_flags_}));

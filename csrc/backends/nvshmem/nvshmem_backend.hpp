@@ -49,6 +49,7 @@ class NvshmemBackend final : public Backend {
   void leave() noexcept override;
   void mark_step_end(Stream stream) noexcept override;
   void follow_step_end(Stream stream) override;
+  std::unique_ptr<StepTimer> make_step_timer() override;
   void keep_memory() noexcept override { in_use_ = true; }
   bool wait_step_end(Milliseconds deadline) noexcept override;
   bool close() override;

@@ -57,9 +57,11 @@ struct Stream {
 
 struct Event {
   std::atomic<std::uint64_t> recorded{0}, done{0};
-  using Clock = std::chrono::steady_clock;
-  std::atomic<Clock::time_point> time{};
+  std::atomic<std::int64_t> done_ns{0};
+  bool timed = false;
 };
+
+std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
 // Never destroyed: stream threads may outlive main().
 struct State {
@@ -275,23 +277,32 @@ EMULATED CUresult cuStreamBatchMemOp(CUstream stream, unsigned count, CUstreamBa
       return result;
   return CUDA_SUCCESS;
 }
-EMULATED CUresult cuEventCreate(CUevent* event, unsigned) {
-  *event = reinterpret_cast<CUevent>(new Event);
+EMULATED CUresult cuEventCreate(CUevent* event, unsigned flags) {
+  auto* const made = new Event;
+  made->timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
+  *event = reinterpret_cast<CUevent>(made);
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuEventDestroy(CUevent) { return CUDA_SUCCESS; }  // streams may still refer to it
 EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
   auto* const event = reinterpret_cast<Event*>(handle);
-  return enqueue(stream, [event, n = ++event->recorded] { event->time = Event::Clock::now(), event->done = n; });
+  return enqueue(stream, [event, number = ++event->recorded] {
+    event->done_ns = now_ns();
+    event->done = number;
+  });
 }
 EMULATED CUresult cuEventQuery(CUevent handle) {
   if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   const auto* const event = reinterpret_cast<Event*>(handle);
   return event->done >= event->recorded ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
-EMULATED CUresult cuEventElapsedTime(float* ms, CUevent start, CUevent end) {
-  const auto time = [](CUevent event) { return reinterpret_cast<Event*>(event)->time.load(); };
-  return *ms = std::chrono::duration<float, std::milli>(time(end) - time(start)).count(), CUDA_SUCCESS;
+EMULATED CUresult cuEventElapsedTime(float* ms, CUevent first, CUevent last) {
+  const auto* const start = reinterpret_cast<Event*>(first);
+  const auto* const end = reinterpret_cast<Event*>(last);
+  if (!start->timed || !end->timed || start->recorded == 0 || end->recorded == 0) return CUDA_ERROR_INVALID_HANDLE;
+  if (start->done < start->recorded || end->done < end->recorded) return CUDA_ERROR_NOT_READY;
+  *ms = static_cast<float>(end->done_ns - start->done_ns) / 1e6F;
+  return CUDA_SUCCESS;
 }
 EMULATED CUresult cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned) {
   auto* const event = reinterpret_cast<Event*>(handle);
