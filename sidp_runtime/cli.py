@@ -175,6 +175,40 @@ def plan(
 
 
 @app.command()
+def calibrate(
+    backend: Backend = "host",
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Shapes, as for plan. Default: Qwen3-32B's on GPUs, small ones on the host."),
+    ] = None,
+    layers: Annotated[Optional[int], typer.Option(help="Layers to measure with. Default: 8.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Write the profile here too: plan --gpu takes it.")] = None,  # noqa: UP045
+    check: Annotated[bool, typer.Option("--check", help="Steps in both modes, predicted and measured.")] = False,
+    tokens: Annotated[str, typer.Option(help="Sizes of these steps.")] = "1,4,16,64,256,512,1024,2048,4096",
+    profile: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Predict with this profile, and store nothing."),
+    ] = None,
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write all figures here.")] = None,  # noqa: UP045
+    debug: Debug = False,
+) -> None:
+    """Measure this machine with two ranks: links, memory, products, round trips. The mode policy uses the result."""
+    with plain_errors(debug):
+        from . import calibration
+
+        calibration.run(
+            backend=backend,
+            model=model,
+            num_layers=layers,
+            out=out,
+            check=check,
+            tokens=tokens,
+            profile=profile,
+            json_path=json_path,
+        )
+
+
+@app.command()
 def trace(
     model: Annotated[
         str,

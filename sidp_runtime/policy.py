@@ -77,7 +77,7 @@ class ModePolicy:
             pass  # none yet, of another machine or version, or damaged: measure
         profile = measure(device, pool)
         source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
-        content = machine_profile.document(profile, machine_profile.machine_key(device), _memory_bytes(device), source)
+        content = machine_profile.document(profile, machine_profile.machine_key(device), memory_bytes(device), source)
         machine_profile.write(path, content)
         return cls(profile, fixed, hysteresis)
 
@@ -97,6 +97,11 @@ class ModePolicy:
 def cache_path(device: int | None) -> Path:
     """Where the profile of the host, or of a GPU, is kept."""
     name = "host" if device is None else machine_profile.machine_key(device)["uuid"]
+    return cache_path_of(name)
+
+
+def cache_path_of(name: str) -> Path:
+    """The same by the GPU's UUID, or "host"."""
     return config.cache_dir() / f"profile-{name}.json"
 
 
@@ -134,7 +139,8 @@ def _fastest(call: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 
-def _memory_bytes(device: int | None) -> int:
+def memory_bytes(device: int | None) -> int:
+    """Of the GPU, or of this machine."""
     if device is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_C.cuda_report()["devices"][device]["memory_bytes"])

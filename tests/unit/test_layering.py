@@ -121,7 +121,7 @@ def test_bindings_are_one_file_a_component(tree: dict[str, str]) -> None:
 
 def test_torch_is_imported_only_where_it_may_be(tree: dict[str, str]) -> None:
     users = {path for path, module in python(tree) if path.startswith("sidp_runtime/") and "torch" in imported(module)}
-    own = {"sidp_runtime/_torch.py", "sidp_runtime/_torch_gpu.py"}
+    own = {f"sidp_runtime/_torch{part}.py" for part in ("", "_gpu", "_calibration")}
     assert own <= users
     users -= own
     assert all(path.startswith("sidp_runtime/integrations/") for path in users), users
