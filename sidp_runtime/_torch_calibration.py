@@ -184,7 +184,7 @@ class _Rank:
 
             return eager
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), runtime.capture_step(size, _FIXED[size]):
+        with _capture(graph), runtime.capture_step(size, _FIXED[size]):
             body()
 
         def replay() -> None:
@@ -200,7 +200,7 @@ class _Rank:
         body()  # libraries set themselves up at the first call
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _capture(graph):
             body()
         return graph.replay
 
@@ -328,6 +328,11 @@ def mean_profile(profiles: Sequence[MachineProfile]) -> MachineProfile:
         copy_latency_us=time_of("copy_latency_us"),
         linear_times=LinearTimes(first.num_bytes, first.rows, seconds),
     )
+
+
+def _capture(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+    """Other threads may go on: another rank may be asking this one's service already."""
+    return torch.cuda.graph(graph, capture_error_mode="thread_local")
 
 
 def _fetch_all(pool: WeightPool, runtime: Runtime) -> None:
