@@ -144,8 +144,13 @@ def mailbox_bytes(shape: ModelShape, world_size: int, max_rows: int) -> int:
 def plain(
     shape: ModelShape, device_bytes: int, context: int, settings: MemorySettings, tensor_parallel: int = 1
 ) -> DeviceMemory:
-    """A device of plain DP, or of a TP group: everything that has a head, row or column is split, norms are not."""
-    items = {"layers": -(-shape.linear_bytes // tensor_parallel)}
+    """A device of plain DP, or of a TP group: everything that has a head, row or column is split, norms are not.
+
+    Where there are fewer KV heads than devices, each device has a whole one, and its two projections.
+    """
+    head_bytes = shape.num_layers * 2 * shape.head_dim * shape.hidden * shape.element_bytes
+    repeated = head_bytes * max(0, tensor_parallel - shape.num_kv_heads)
+    items = {"layers": -(-(shape.linear_bytes + repeated) // tensor_parallel)}
     kv = KvCache(shape, context, settings.block_tokens, tensor_parallel)
     return _device(shape, device_bytes, items, kv, settings)
 

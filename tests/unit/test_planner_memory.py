@@ -170,3 +170,11 @@ def test_the_gain_of_one_cell_of_the_table_is_pinned() -> None:
 
 def test_the_page_has_the_table_as_computed(repository: Path) -> None:
     assert paper_table.markdown() in (repository / "docs" / "model.md").read_text()
+
+
+def test_a_device_has_a_whole_kv_head_however_many_share_it() -> None:
+    shape = ModelShape.read("Qwen/Qwen3-32B")  # 8 KV heads of 128
+    eight, sixteen = (memory.plain(shape, 1 << 38, 1, MemorySettings(), degree).items["layers"] for degree in (8, 16))
+    projections = 64 * 2 * 128 * 5120 * 2
+    assert eight == shape.linear_bytes / 8
+    assert sixteen == (shape.linear_bytes - 8 * projections) / 16 + projections
