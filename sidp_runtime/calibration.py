@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ._torch_calibration import CalibrationJob
 
-_HOST_ROWS = (1, 4, 16, 64)
+_HOST_ROWS = (1, 4, 16, 64, 256)
 _GPU_ROWS = (1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 _GPU_MODEL = "Qwen/Qwen3-32B"
 
