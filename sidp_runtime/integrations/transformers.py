@@ -124,7 +124,7 @@ def load_pooled_model(
         load_report = pool.load(source, progress)
         runtime = Runtime(
             pool,
-            policy=_policy(group, mode),
+            policy=_policy(pool, mode),
             ops=_ops(model, dtype, pool_embedding, pool_head) if group.world_size > 1 and mode != "was" else (),
             max_rows=max_rows if row_buckets is None else 0,
             row_buckets=row_buckets,
@@ -136,11 +136,12 @@ def load_pooled_model(
     return PooledModel(model, runtime, pool, load_report, resident_bytes)
 
 
-def _policy(group: Group, mode: str) -> ModePolicy:
+def _policy(pool: WeightPool, mode: str) -> ModePolicy:
     """Measured by one rank after the other, unless it is in the cache: several at once would measure each other."""
+    group = pool.group
     for turn in range(group.world_size):
         if turn == group.rank:
-            policy = ModePolicy.calibrated(fixed=_MODES[mode], device=group.device)
+            policy = ModePolicy.calibrated(fixed=_MODES[mode], device=group.device, pool=pool)
         group.barrier(f"transformers/measured/{turn}")
     return policy
 
