@@ -41,6 +41,9 @@ _TABLE = (
     Setting("MASTER_ADDR", "host of the rendezvous store (torchrun)", "host name", "127.0.0.1"),
     Setting("MASTER_PORT", "port of the rendezvous store (torchrun)", "TCP port", "29500", 1, 65535),
     Setting("CUDA_MODULE_LOADING", "when CUDA loads kernels (CUDA reads it); see load_kernels_early", "mode", "EAGER"),
+    Setting("CUDA_VISIBLE_DEVICES", "the GPUs (CUDA reads it); see prepare_vllm", "list", ""),
+    Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "vLLM's engine in a process of its own (vLLM reads it)", "switch", "0"),
+    Setting("VLLM_CPU_OMP_THREADS_BIND", "cores of vLLM's threads on a CPU (vLLM reads it)", "mode", "nobind"),
     Setting("NVSHMEM_DISABLE_NVLS", "1: NVSHMEM uses no NVLink multicast (NVSHMEM reads it)", "switch", "0"),
 )
 
@@ -133,6 +136,21 @@ def load_kernels_early() -> None:
     go on at their deadlines. It has no effect on a process in which CUDA has started already.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", SETTINGS["CUDA_MODULE_LOADING"].default or "")
+
+
+def prepare_vllm(rank: int | None = None) -> None:
+    """Sets what a vLLM engine of an offline job needs; before the engine is made.
+
+    The engine runs in this process. On a CPU it leaves the choice of cores to the system, as several engines would all
+    choose the same. ``rank``: of an engine on a GPU; its own becomes the first that it sees, its peers' stay visible.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = SETTINGS["VLLM_ENABLE_V1_MULTIPROCESSING"].default or ""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", SETTINGS["VLLM_CPU_OMP_THREADS_BIND"].default or "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if rank is not None and visible:
+        gpus = visible.split(",")
+        first = rank % len(gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
 
 
 def check_nvshmem() -> None:

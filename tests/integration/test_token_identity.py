@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.hf import load_unpooled, pooled_model, read_messages, real_model
+from helpers.gguf_model import real_model
+from helpers.hf import load_unpooled, pooled_model, read_messages
 from helpers.processes import RankContext, run_ranks
 
 from sidp_runtime.integrations.generation import generate_batch

@@ -1,0 +1,51 @@
+"""vLLM on one shared copy of the weights: independent engines, unchanged but for ``load_format="sidp"``.
+
+    LLM(model=folder, **engine_arguments(rank=rank, world_size=2, store="127.0.0.1:29600"))
+
+The plugin is found by its entry point (``vllm.general_plugins``) in every process of an engine. See docs/vllm.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["engine_arguments", "register"]
+
+
+def register() -> None:
+    """Entry point: makes ``load_format="sidp"`` known. Called in every process of vLLM, maybe more than once.
+
+    It checks nothing, as it also runs where no pool is wanted; the loader checks when it is made.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from .loader import SidpModelLoader
+
+    register_model_loader("sidp")(SidpModelLoader)
+
+
+def engine_arguments(
+    *, rank: int | None = None, store: str | None = None, own: dict[str, Any] | None = None, **pool: Any
+) -> dict[str, Any]:
+    """Keyword arguments for ``vllm.LLM`` or ``EngineArgs``.
+
+    ``rank`` and ``store`` (``host:port``; rank 0 serves it) and what else is this engine's ``own``: see
+    ``settings.RankSettings``. ``pool``: equal on all ranks, see ``settings.PoolSettings``.
+    """
+    from vllm.platforms import current_platform
+
+    from ... import config
+    from .settings import PoolSettings, RankSettings
+
+    given = {"rank": rank, "store": store, **(own or {})}
+    given = {name: value for name, value in given.items() if value is not None}
+    PoolSettings(**pool), RankSettings(**given)  # refuses unknown names here, not in another process
+    config.load_kernels_early()  # before vLLM starts CUDA
+    worker = "SidpCpuWorker" if current_platform.is_cpu() else "SidpWorker"
+    return {
+        "load_format": "sidp",
+        "model_loader_extra_config": given,
+        "additional_config": {"sidp": pool},
+        "worker_cls": f"{__name__}.worker.{worker}",
+        "worker_extension_cls": f"{__name__}.engine.WorkerExtension",
+    }

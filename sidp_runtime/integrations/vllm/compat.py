@@ -1,0 +1,147 @@
+"""Every version gate: which vLLM, which hooks with which signatures, and which of its settings the pool works with.
+
+Each check raises ``UnsupportedError`` with the reason and what to do, at start-up and before weights are read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import UnsupportedError
+
+#: Lowest version, and the first one above the highest, whose hooks were read: (major, minor).
+OLDEST, BEYOND = (0, 20), (0, 34)
+
+# Module, dotted name in it, leading parameters. All of 0.20.2, 0.32.0 and 0.33.0.
+_HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm.model_executor.model_loader", "register_model_loader", ("load_format",)),
+    (
+        "vllm.model_executor.model_loader.base_loader",
+        "BaseModelLoader.load_model",
+        ("self", "vllm_config", "model_config", "prefix"),
+    ),
+    ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_weights", ("self", "model", "model_config")),
+    ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.download_model", ("self", "model_config")),
+    ("vllm.model_executor.offloader.base", "set_offloader", ("instance",)),
+    ("vllm.model_executor.offloader.base", "BaseOffloader.wrap_modules", ("self", "modules_generator")),
+    ("vllm.model_executor.offloader.base", "BaseOffloader.sync_prev_onload", ("self",)),
+    ("vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")),
+    ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
+    ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
+    ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ("self",)),
+    ("vllm.forward_context", "get_forward_context", ()),
+)
+
+
+def installed_version() -> str:
+    """vLLM's version text. ``UnsupportedError`` if it is not one of those that were read."""
+    import vllm
+
+    text = str(vllm.__version__)
+    found = re.match(r"(\d+)\.(\d+)", text)
+    version = (int(found[1]), int(found[2])) if found else None
+    if version is None or not OLDEST <= version < BEYOND:
+        raise UnsupportedError(
+            f"vLLM {text} is not between {OLDEST[0]}.{OLDEST[1]} and {BEYOND[0]}.{BEYOND[1] - 1}, whose hooks this "
+            "integration knows; install one of those"
+        )
+    return text
+
+
+def check_hooks() -> None:
+    """The version, and each hook's parameters."""
+    version = installed_version()
+    for module, name, parameters in _HOOKS:
+        hook = _find(module, name, version)
+        seen = tuple(inspect.signature(hook).parameters)
+        if seen[: len(parameters)] != parameters:
+            raise UnsupportedError(
+                f"vLLM {version}: {module}.{name} takes ({', '.join(seen)}), expected ({', '.join(parameters)}, ...); "
+                "this integration needs an update for it"
+            )
+
+
+def _find(module: str, name: str, version: str) -> Callable[..., Any]:
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(f"vLLM {version} has no {module}.{name} ({error}); another version is needed") from error
+    hook: Callable[..., Any] = found
+    return hook
+
+
+def check_settings(vllm_config: Any) -> None:
+    """What of vLLM's settings a pool of whole decoder layers cannot serve."""
+    from vllm.config import CompilationMode
+
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    refusals = (
+        (parallel.tensor_parallel_size > 1, "tensor_parallel_size > 1: the replicas share the weights instead"),
+        (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size > 1"),
+        (parallel.data_parallel_size > 1, "a lock-step data-parallel group: start independent engines"),
+        (bool(getattr(parallel, "enable_dbo", False)), "enable_dbo: a step would be two interleaved ones"),
+        (
+            model.quantization is not None,
+            f"quantization {model.quantization!r}: its layout is only known after vLLM has rewritten the weights; "
+            "give a bf16, fp16 or fp32 checkpoint",
+        ),
+        (vllm_config.lora_config is not None, "LoRA: adapters wrap the pooled linears"),
+        (vllm_config.speculative_config is not None, "speculative decoding: the draft would need a pool of its own"),
+        (bool(getattr(model, "enable_sleep_mode", False)), "sleep mode: peers read this engine's weights at any time"),
+        (
+            vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
+            "compilation mode 1 (STOCK_TORCH_COMPILE): a step could not begin outside the graph; use 0 or 3",
+        ),
+    )
+    for refused, words in refusals:
+        if refused:
+            raise UnsupportedError(f"load_format='sidp' does not work with {words}")
+
+
+def keep_weights_plain(model: Any) -> None:
+    """On a CPU, keeps vLLM from packing the linears into copies of its own and dropping the weights."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    if "_cpu_skip_gemm_dispatch" not in inspect.getsource(UnquantizedLinearMethod.process_weights_after_loading):
+        raise UnsupportedError(
+            f"vLLM {installed_version()} packs all weights on a CPU, which a pool cannot hold; use 0.32 or later there"
+        )
+    for module in model.modules():
+        if isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod):
+            module._cpu_skip_gemm_dispatch = True
+
+
+def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:
+    """Makes piecewise CUDA graphs end at these operators, which then run between them."""
+    names = vllm_config.compilation_config.splitting_ops
+    if names:  # empty or None: nothing is piecewise
+        names.extend(op for op in ops if op not in names)
+
+
+def replayed_tokens() -> int | None:
+    """Rows of the full CUDA graph that vLLM is about to capture or replay; None inside a piecewise one."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not is_forward_context_available():
+        return None
+    context = get_forward_context()
+    if context.cudagraph_runtime_mode != CUDAGraphMode.FULL:
+        return None
+    return int(context.batch_descriptor.num_tokens)
+
+
+def set_num_threads(count: int) -> None:
+    """Threads of torch's arithmetic, before the engine is made: vLLM takes this call away afterwards."""
+    import torch
+
+    torch.set_num_threads(count)

@@ -1,0 +1,247 @@
+"""vLLM's model loader "sidp": a model whose decoder linears lie in a pool that N engines share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.offloader.base import set_offloader
+
+from ... import Group, LayerSpec, Mode, ModePolicy, Op, Placement, Runtime, WeightPool, _torch
+from ... import config as environment
+from ...errors import UnsupportedError, UsageError
+from . import compat, settings, weights
+from .engine import Engine, set_engine
+from .offloader import PoolOffloader, check_places, pooled_parameters
+from .step import OPERATORS, StepState, set_state
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only below its own name
+
+_FIXED = {"auto": None, "was": Mode.WAS, "cas": Mode.CAS}
+
+
+class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
+    """Set-up is collective: every engine of the group must get here within ``setup_ms``.
+
+    All memory of the pool is taken inside ``load_model``, between vLLM's two looks at the free memory, so it is counted
+    once. Raises ``UnsupportedError`` and ``ConfigError`` before that, saying what does not fit.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        compat.check_hooks()
+        self._offloader: PoolOffloader | None = None
+        self._settings: settings.Settings | None = None
+        self._load: dict[str, Any] = {}
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing: the model is a directory."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Called by vLLM once the model is built. The weights of a published pool cannot be changed."""
+        offloader, chosen = self._offloader, self._settings
+        if offloader is None or chosen is None:
+            raise UsageError("weights in a pool are loaded once, when the model is built; reloading is not supported")
+        pool = offloader.pool
+        if pool is None:
+            raise UnsupportedError(
+                f"{type(model).__name__} does not build its decoder layers with vLLM's make_layers, so none was pooled"
+            )
+        compat.keep_weights_plain(model)
+        remote = {
+            value
+            for index, block in enumerate(offloader.blocks)
+            if not pool.is_local(index)
+            for value in pooled_parameters(block).values()
+        }
+        if chosen.pool.weights == "dummy":
+            report, stored = weights.make_up(model, remote), 0
+        else:
+            report, stored = weights.read_checkpoint(model, model_config.model, pool.is_local, remote)
+        self._load = {**vars(report), "checkpoint_bytes": stored}
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """The model, ready to run, and this process's engine set."""
+        compat.check_settings(vllm_config)
+        chosen = self._settings = settings.read(vllm_config)
+        compat.split_graphs_at(vllm_config, OPERATORS)
+        group = _join(chosen)
+        num_layers = int(model_config.hf_text_config.num_hidden_layers)
+        self._offloader = offloader = PoolOffloader(num_layers, functools.partial(_make_pool, group, chosen))
+        set_offloader(offloader)  # after the runner set its own, before any layer is built
+        try:
+            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            pool = offloader.pool
+            assert pool is not None  # load_weights has looked
+            check_places(offloader.blocks, pool)
+            pool.publish()
+            with torch.no_grad():
+                runtime = _make_runtime(pool, chosen, offloader.blocks)
+        except BaseException:
+            if offloader.pool is not None and group.device is None:
+                offloader.pool.close()
+            raise
+        finally:
+            self._offloader = None
+        state = StepState(runtime, num_layers, chosen.pool.max_rows)
+        install(model, offloader.blocks, state, with_computes=bool(_ops_wanted(chosen)))
+        offloader.before_graph = state.before_graph
+        set_state(state)
+        engine = Engine(chosen, group, pool, runtime, state, self._load)
+        set_engine(engine)
+        logger.info("sidp: %s", engine.describe())
+        return model
+
+
+def _join(chosen: settings.Settings) -> Group:
+    own, rank = chosen.own, chosen.rank
+    if chosen.world_size == 1 and not chosen.host:
+        store, _, _ = _torch.make_store_server()
+    else:
+        store = _torch.connect_store(chosen.host, chosen.port, own.setup_ms, is_master=rank == 0 and own.serve_store)
+    return Group(
+        rank,
+        chosen.world_size,
+        store,
+        backend=chosen.pool.backend,
+        name=own.name,
+        token=own.token,
+        deadline_ms=own.setup_ms,
+    )
+
+
+def _make_pool(group: Group, chosen: settings.Settings, layers: Sequence[LayerSpec]) -> WeightPool:
+    placement = Placement.by_layer(
+        [layer.num_bytes for layer in layers],
+        group.world_size,
+        ring_slots=chosen.pool.ring_slots,
+        resident_layers=list(chosen.pool.resident_layers),
+    )
+    return WeightPool(group, layers, placement)
+
+
+def _ops_wanted(chosen: settings.Settings) -> bool:
+    return chosen.pool.mode != "was" and chosen.world_size > 1
+
+
+def _make_runtime(pool: WeightPool, chosen: settings.Settings, blocks: Sequence[nn.Module]) -> Runtime:
+    wanted = _ops_wanted(chosen)
+    return Runtime(
+        pool,
+        policy=ModePolicy.calibrated(fixed=_FIXED[chosen.pool.mode], device=pool.group.device),
+        ops=_ops(pool, blocks) if wanted else (),
+        max_rows=chosen.pool.max_rows if wanted else 0,
+        deadline_ms=environment.deadline_ms() if chosen.own.deadline_ms is None else chosen.own.deadline_ms,
+    )
+
+
+def _ops(pool: WeightPool, blocks: Sequence[nn.Module]) -> list[Op]:
+    """At most three round trips a layer: the projections of the attention's input, of its output, and the MLP."""
+    dtype = pool.layers[0].tensors[0].dtype
+    first: Any = blocks[0]
+    activation = type(first.mlp.act_fn).__name__
+    if activation != "SiluAndMul":
+        raise UnsupportedError(f"the MLP's activation is {activation}; CaS knows SiluAndMul: use mode 'was'")
+
+    def bound(*linears: str) -> dict[int, dict[str, str]]:
+        """Weights by short name: ``qkv_proj.weight``, ``qkv_proj.bias``."""
+        return {
+            i: {t.name.split(".", 3)[3]: t.name for t in layer.tensors if t.name.split(".")[3] in linears}
+            for i, layer in enumerate(pool.layers)
+        }
+
+    def linear(w: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    width = first.mlp.down_proj.input_size_per_partition
+
+    def mlp(w: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        y = linear(w, "gate_up_proj", x)
+        return linear(w, "down_proj", functional.silu(y[:, :width]) * y[:, width:])
+
+    hidden = first.self_attn.qkv_proj.input_size_per_partition
+    return [
+        Op("qkv", lambda w, x: linear(w, "qkv_proj", x), hidden, dtype, bound("qkv_proj")),
+        Op(
+            "output",
+            lambda w, x: linear(w, "o_proj", x),
+            first.self_attn.o_proj.input_size_per_partition,
+            dtype,
+            bound("o_proj"),
+        ),
+        Op("mlp", mlp, hidden, dtype, bound("gate_up_proj", "down_proj")),
+    ]
+
+
+class _ComputedLinear:
+    """Stands in for a linear's method: what the owner of the layer computes, or, in a WaS step, the method itself."""
+
+    def __init__(self, layer: int, op: str, out_features: int) -> None:
+        self._layer, self._op, self._out_features = layer, op, out_features
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.sidp.vllm_compute(x, self._layer, self._op, self._out_features)
+        return result
+
+
+class _ComputedMlp(nn.Module):
+    def __init__(self, inner: nn.Module, layer: int, out_features: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self._layer, self._out_features = layer, out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.sidp.vllm_compute(x, self._layer, "mlp", self._out_features)
+        return result
+
+
+def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, *, with_computes: bool) -> None:
+    """Makes each call of the model a step, and puts the operators around and into its decoder layers."""
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        state.begin(int(tokens.shape[0]))
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        state.end()
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(end)
+    for index, block in enumerate(blocks):
+        if with_computes:
+            _install_computes(index, block, state)
+        block.register_forward_pre_hook(functools.partial(_before, index), with_kwargs=True)
+        block.register_forward_hook(functools.partial(_after, index))
+
+
+def _before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # The hidden states, not the positions: the layer's first product must depend on what is said to change.
+    torch.ops.sidp.vllm_fetch(kwargs["hidden_states"] if "hidden_states" in kwargs else args[1], index)
+
+
+def _after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    torch.ops.sidp.vllm_release(output[0], index)
+
+
+def _install_computes(index: int, block: Any, state: StepState) -> None:
+    def plain(linear: Any) -> Any:
+        return functools.partial(_apply, linear, linear.quant_method, None if linear.skip_bias_add else linear.bias)
+
+    for op, linear in (("qkv", block.self_attn.qkv_proj), ("output", block.self_attn.o_proj)):
+        state.computes[index, op] = plain(linear)
+        linear.quant_method = _ComputedLinear(index, op, linear.weight.shape[0])
+    state.computes[index, "mlp"] = inner = block.mlp
+    block.mlp = _ComputedMlp(inner, index, inner.down_proj.weight.shape[0])
+
+
+def _apply(linear: Any, method: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = method.apply(linear, x, bias)
+    return result
