@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -13,6 +13,8 @@ from .console import Debug, plain_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .job import JobConfig
 
 app = typer.Typer(
     name="sidp",
@@ -42,61 +44,141 @@ class DtypeChoice(str, Enum):
 
 
 Backend = Annotated[str, typer.Option(help="Transport between replicas.")]
+Prompts = Annotated[Path, typer.Option(help='JSON lines: {"id", "prompt" or "messages", "raw"}.')]
+Out = Annotated[Path, typer.Option(help="Results, JSON lines. An unfinished job is taken up where it was.")]
+Replicas = Annotated[int, typer.Option(min=1, help="Processes that share the weights.")]
+UsedMode = Annotated[ModeChoice, typer.Option(help="was: stream layers. cas: send activations.")]
+NewTokens = Annotated[int, typer.Option(min=1)]
+Dtype = Annotated[DtypeChoice, typer.Option(help="auto: as stored, if bfloat16; else float32.")]
+Threads = Annotated[int, typer.Option(min=1, help="Of the arithmetic. Another count, other bits.")]
+Deadline = Annotated[
+    Optional[int], typer.Option(min=10, help="Longest wait for a peer. Default: SIDP_DEADLINE_MS.")  # noqa: UP045
+]
+Silence = Annotated[int, typer.Option(min=100, help="A replica without progress for so long is taken for dead.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of torch's generator; greedy decoding draws nothing.")]
+Report = Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")]  # noqa: UP045
+Show = Annotated[int, typer.Option(min=0, help="Print so many of the answers.")]
 
 
 @app.command()
 def generate(
     model: Annotated[Path, typer.Option(help="Model directory (safetensors) or .gguf file.")],
-    prompts: Annotated[Path, typer.Option(help='JSON lines: {"id", "prompt" or "messages", "raw"}.')],
-    out: Annotated[Path, typer.Option(help="Results, JSON lines. An unfinished job is taken up where it was.")],
-    replicas: Annotated[int, typer.Option(min=1, help="Processes that share the weights.")],
+    prompts: Prompts,
+    out: Out,
+    replicas: Replicas,
     backend: Backend = "host",
-    mode: Annotated[ModeChoice, typer.Option(help="was: stream layers. cas: send activations.")] = ModeChoice.auto,
+    mode: UsedMode = ModeChoice.auto,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that go through the model together.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    dtype: Annotated[DtypeChoice, typer.Option(help="auto: as stored, if bfloat16; else float32.")] = DtypeChoice.auto,
-    threads_per_replica: Annotated[int, typer.Option(min=1, help="Of the arithmetic. Another count, other bits.")] = 1,
-    deadline_ms: Annotated[
-        Optional[int], typer.Option(min=10, help="Longest wait for a peer. Default: SIDP_DEADLINE_MS.")  # noqa: UP045
-    ] = None,
-    silence_ms: Annotated[
-        int, typer.Option(min=100, help="A replica without progress for so long is taken for dead.")
-    ] = 600_000,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of torch's generator; greedy decoding draws nothing.")] = 0,
-    report: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,  # noqa: UP045
-    show: Annotated[int, typer.Option(min=0, help="Print so many of the answers.")] = 0,
+    max_new_tokens: NewTokens = 64,
+    dtype: Dtype = DtypeChoice.auto,
+    threads_per_replica: Threads = 1,
+    deadline_ms: Deadline = None,
+    silence_ms: Silence = 600_000,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    report: Report = None,
+    show: Show = 0,
     debug: Debug = False,
 ) -> None:
     """Answer a file of prompts, greedily, with N replicas on one copy of the weights."""
     with plain_errors(debug):
-        from rich.console import Console
+        from .job import JobConfig
 
-        from .job import JobConfig, run
-        from .job.display import Display
-
-        config = JobConfig(
-            model=model,
-            prompts=prompts,
-            out=out,
-            replicas=replicas,
-            backend=backend,
-            mode=mode.value,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype.value,
-            threads_per_replica=threads_per_replica,
-            deadline_ms=deadline_ms,
-            silence_ms=silence_ms,
-            overwrite=overwrite,
-            seed=seed,
-            report=report,
+        _run_job(
+            JobConfig(
+                model=model,
+                prompts=prompts,
+                out=out,
+                replicas=replicas,
+                backend=backend,
+                mode=mode.value,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype.value,
+                threads_per_replica=threads_per_replica,
+                deadline_ms=deadline_ms,
+                silence_ms=silence_ms,
+                overwrite=overwrite,
+                seed=seed,
+                report=report,
+            ),
+            show,
         )
-        console = Console()
-        with Display(console) as display:
-            result = run(config, display)
-        result.render(console)
-        _print_answers(out, show, console)
+
+
+@app.command()
+def vllm_generate(
+    model: Annotated[Path, typer.Option(help="Model directory (safetensors).")],
+    prompts: Prompts,
+    out: Out,
+    replicas: Replicas,
+    backend: Backend = "host",
+    mode: UsedMode = ModeChoice.auto,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that an engine takes and runs together.")] = 256,
+    max_new_tokens: NewTokens = 64,
+    dtype: Dtype = DtypeChoice.auto,
+    threads_per_replica: Threads = 1,
+    engine_arguments: Annotated[str, typer.Option(help="More arguments of vllm.LLM, a JSON object.")] = "{}",
+    deadline_ms: Deadline = None,
+    silence_ms: Silence = 600_000,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    report: Report = None,
+    show: Show = 0,
+    debug: Debug = False,
+) -> None:
+    """The same with N independent vLLM engines (docs/vllm.md)."""
+    with plain_errors(debug):
+        from .job import JobConfig
+
+        _run_job(
+            JobConfig(
+                model=model,
+                prompts=prompts,
+                out=out,
+                replicas=replicas,
+                backend=backend,
+                mode=mode.value,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype.value,
+                threads_per_replica=threads_per_replica,
+                deadline_ms=deadline_ms,
+                silence_ms=silence_ms,
+                overwrite=overwrite,
+                seed=seed,
+                report=report,
+                engine="vllm",
+                engine_arguments=_json_object("--engine-arguments", engine_arguments),
+            ),
+            show,
+        )
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option} is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _run_job(config: JobConfig, show: int) -> None:
+    from rich.console import Console
+
+    from .job import run
+    from .job.display import Display
+
+    console = Console()
+    with Display(console) as display:
+        result = run(config, display)
+    result.render(console)
+    _print_answers(Path(config.out), show, console)
 
 
 def _print_answers(out: Path, count: int, console: Console) -> None:

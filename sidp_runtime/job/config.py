@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import config as environment
 from ..errors import ConfigError
 
+ENGINES = ("transformers", "vllm")
 MODES = ("auto", "was", "cas")
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -33,7 +36,9 @@ class JobConfig:
     arithmetic, ``replicas`` and ``mode`` do not; its default therefore depends on nothing.
     ``deadline_ms``: longest wait of a replica for a peer (default ``SIDP_DEADLINE_MS``). ``silence_ms``: a replica
     that loads or generates and gives no sign of progress for so long is taken for dead. ``seed``: of torch's
-    generator in each replica; greedy decoding draws nothing from it.
+    generator in each replica; greedy decoding draws nothing from it. ``engine``: what runs the model;
+    ``engine_arguments`` go to ``vllm.LLM`` as they are, and ``batch_size`` is then the sequences that an engine runs
+    together.
 
     Raises ``ConfigError`` for a value outside its range.
     """
@@ -53,8 +58,14 @@ class JobConfig:
     seed: int = 0
     overwrite: bool = False
     report: str | os.PathLike[str] | None = None
+    engine: str = "transformers"
+    engine_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine {self.engine!r} is not one of {', '.join(ENGINES)}")
+        if self.engine_arguments and self.engine != "vllm":
+            raise ConfigError("engine_arguments are vLLM's; give them with engine 'vllm'")
         if self.mode not in MODES:
             raise ConfigError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.dtype not in DTYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ from .replicas import Replica, Target, start_fork_server
 from .report import JobReport, check_pool_was_used, rank_report
 from .results import Result, ResultsWriter, digest
 
-_PRELOAD = ("sidp_runtime.job.replica_main",)
+_PRELOAD = {
+    "transformers": ("sidp_runtime.job.replica_main",),
+    "vllm": ("sidp_runtime.job.vllm_replica", "sidp_runtime.integrations.vllm.loader", "vllm.entrypoints.llm"),
+}
 
 
 def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | None = None) -> JobReport:
@@ -42,7 +46,9 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
     deadline_ms = config.deadline
     prompts = read_prompts(Path(config.prompts))
     checkpoint = Checkpoint.open(config.model)
-    start_fork_server(_PRELOAD if target is None else ())
+    if config.engine == "vllm":
+        check_vllm()
+    start_fork_server(_PRELOAD[config.engine] if target is None else ())
     tokenizer, ends, pad = _tokenizer(checkpoint)
     max_length = checkpoint.config.get("max_position_embeddings")
     requests = tokenise(prompts, tokenizer, max_new_tokens=config.max_new_tokens, max_length=max_length)
@@ -72,14 +78,15 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
                 "dtype": dtype,
                 "mode": config.mode,
                 # Of the whole file, so that a job that is taken up again computes as the first run did.
-                "step_rows": step_rows(batches),
+                "step_rows": step_rows(batches) if config.engine != "vllm" else [config.batch_size],
+                "engine_arguments": dict(config.engine_arguments),
                 "threads": config.threads_per_replica,
                 "seed": config.seed,
                 "pad_token_id": pad,
                 "eos_token_ids": ends,
             },
             left,
-            target=target or _real_target(config.backend),
+            target=target or _real_target(config),
             max_new_tokens=config.max_new_tokens,
             deadline_ms=deadline_ms,
             silence_ms=config.silence_ms,
@@ -125,12 +132,23 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, list[int], int]:
     return tokenizer, ends, tokenizer.pad_token_id(ends)
 
 
-def _real_target(backend: str) -> Target:
+def check_vllm() -> None:
+    """``UnsupportedError`` if vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UnsupportedError("vLLM is not installed in this environment; see docs/vllm.md")
+
+
+def _real_target(config: JobConfig) -> Target:
     from ..policy import ModePolicy
+
+    if config.backend == "host":
+        ModePolicy.calibrated()  # measured here at the latest, for it may take longer than replicas wait for another
+    if config.engine == "vllm":
+        from .vllm_replica import run_vllm_replica
+
+        return run_vllm_replica
     from .replica_main import run_replica
 
-    if backend == "host":
-        ModePolicy.calibrated()  # measured here at the latest, for it may take longer than replicas wait for another
     return run_replica
 
 
@@ -170,8 +188,10 @@ def results_settings(
         (e.name, Path(e.file).name, e.offset, e.num_bytes, e.shape, e.dtype) for e in checkpoint.entries.values()
     )
     files = sorted((Path(name).name, size) for name, size in checkpoint.files.items())
+    engine = {"engine": config.engine, "engine_arguments": dict(config.engine_arguments)}
     return {
         "backend": config.backend,
+        **(engine if config.engine != "transformers" else {}),  # as it was before there was a choice
         "batch_size": config.batch_size,
         "dtype": dtype,
         "eos_token_ids": ends,

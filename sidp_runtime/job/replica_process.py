@@ -1,0 +1,97 @@
+"""A replica's process: its talk with the launcher, whatever engine it runs.
+
+Importing must start no thread of ours: the fork server forks after it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..errors import SidpError
+from . import protocol
+
+LAUNCHER_GONE = 3  # exit code
+
+
+class Inbox:
+    """The launcher's messages, read by a thread of their own, the replica's lifeline.
+
+    It ends the process at once when the launcher is gone, whatever the main thread is doing: nothing is orphaned.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._messages: queue.SimpleQueue[protocol.Message] = queue.SimpleQueue()
+        self.closing = threading.Event()
+        threading.Thread(target=self._read, name="lifeline", daemon=True).start()
+
+    def get(self) -> protocol.Message:
+        """The next message; blocks."""
+        return self._messages.get()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = protocol.receive(self._connection, protocol.FROM_LAUNCHER)
+            except (EOFError, OSError, SidpError):
+                os._exit(LAUNCHER_GONE)
+            if message["type"] == "close":
+                self.closing.set()
+            self._messages.put(message)
+
+
+class Rarely:
+    """True at most once in ``interval`` seconds."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._last = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
+
+
+Serve = Callable[[dict[str, Any], Connection, Inbox], None]
+
+
+def run(serve: Serve, settings: dict[str, Any], connection: Connection) -> None:
+    """Runs ``serve`` as the process's work. ``settings``: plain data, made by ``runner.run`` and ``ReplicaSet``.
+
+    Exit codes: 0 closed, 1 an error that was reported, 3 launcher gone.
+    """
+    # Ctrl-C reaches the whole foreground group; the launcher decides what becomes of its replicas.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox = Inbox(connection)
+    try:
+        serve(settings, connection, inbox)
+    except Exception as error:  # whatever it is, the launcher must hear it
+        try:
+            protocol.send(connection, "error", error=type(error).__name__, message=str(error))
+        except OSError:
+            os._exit(LAUNCHER_GONE)
+        sys.exit(1)
+
+
+def step_callback(batch: int, connection: Connection, inbox: Inbox) -> Callable[[int], bool]:
+    """What to call after each step with the number of steps; True: break off."""
+    rarely = Rarely(1.0)
+
+    def on_step(steps: int) -> bool:
+        # From the thread that computes: it says that steps are made, not merely that the process lives.
+        if rarely():
+            protocol.send(connection, "alive", batch=batch, steps=steps)
+        return inbox.closing.is_set()
+
+    return on_step
