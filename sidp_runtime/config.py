@@ -44,6 +44,7 @@ _TABLE = (
     Setting("CUDA_VISIBLE_DEVICES", "the GPUs (CUDA reads it); see prepare_vllm", "list", ""),
     Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "vLLM's engine in a process of its own (vLLM reads it)", "switch", "0"),
     Setting("VLLM_CPU_OMP_THREADS_BIND", "cores of vLLM's threads on a CPU (vLLM reads it)", "mode", "nobind"),
+    Setting("VLLM_LOGGING_LEVEL", "least level of vLLM's log (vLLM reads it)", "level", "ERROR"),
     Setting("NVSHMEM_DISABLE_NVLS", "1: NVSHMEM uses no NVLink multicast (NVSHMEM reads it)", "switch", "0"),
 )
 
@@ -141,11 +142,13 @@ def load_kernels_early() -> None:
 def prepare_vllm(rank: int | None = None) -> None:
     """Sets what a vLLM engine of an offline job needs; before the engine is made.
 
-    The engine runs in this process. On a CPU it leaves the choice of cores to the system, as several engines would all
-    choose the same. ``rank``: of an engine on a GPU; its own becomes the first that it sees, its peers' stay visible.
+    The engine runs in this process, and is quiet, as N of them would drown the job's own report. On a CPU it leaves the
+    choice of cores to the system, as all engines would choose the same. ``rank``: of an engine on a GPU; its own GPU
+    becomes the first that it sees, its peers' stay visible.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = SETTINGS["VLLM_ENABLE_V1_MULTIPROCESSING"].default or ""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", SETTINGS["VLLM_CPU_OMP_THREADS_BIND"].default or "")
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_LOGGING_LEVEL"):
+        os.environ.setdefault(name, SETTINGS[name].default or "")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if rank is not None and visible:
         gpus = visible.split(",")

@@ -30,7 +30,8 @@ def engine_arguments(
     """Keyword arguments for ``vllm.LLM`` or ``EngineArgs``.
 
     ``rank`` and ``store`` (``host:port``; rank 0 serves it) and what else is this engine's ``own``: see
-    ``settings.RankSettings``. ``pool``: equal on all ranks, see ``settings.PoolSettings``.
+    ``settings.RankSettings``. ``pool``: equal on all ranks, see ``settings.PoolSettings``. On a GPU it asks for
+    piecewise CUDA graphs; put ``cudagraph_mode`` into a ``compilation_config`` of your own.
     """
     from vllm.platforms import current_platform
 
@@ -42,7 +43,9 @@ def engine_arguments(
     PoolSettings(**pool), RankSettings(**given)  # refuses unknown names here, not in another process
     config.load_kernels_early()  # before vLLM starts CUDA
     worker = "SidpCpuWorker" if current_platform.is_cpu() else "SidpWorker"
+    graphs = {} if current_platform.is_cpu() else {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
     return {
+        **graphs,
         "load_format": "sidp",
         "model_loader_extra_config": given,
         "additional_config": {"sidp": pool},

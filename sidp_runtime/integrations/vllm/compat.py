@@ -28,12 +28,10 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.download_model", ("self", "model_config")),
     ("vllm.model_executor.offloader.base", "set_offloader", ("instance",)),
     ("vllm.model_executor.offloader.base", "BaseOffloader.wrap_modules", ("self", "modules_generator")),
-    ("vllm.model_executor.offloader.base", "BaseOffloader.sync_prev_onload", ("self",)),
     ("vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
     ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ("self",)),
-    ("vllm.forward_context", "get_forward_context", ()),
 )
 
 
@@ -98,6 +96,12 @@ def check_settings(vllm_config: Any) -> None:
             vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
             "compilation mode 1 (STOCK_TORCH_COMPILE): a step could not begin outside the graph; use 0 or 3",
         ),
+        (
+            # vLLM tells an offloader that a graph is next, but not whether to capture or to replay it, nor which.
+            vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
+            "full CUDA graphs: a step could not begin outside the graph; give "
+            "compilation_config={'cudagraph_mode': 'PIECEWISE'} or 'NONE'",
+        ),
     )
     for refused, words in refusals:
         if refused:
@@ -125,19 +129,6 @@ def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:
     names = vllm_config.compilation_config.splitting_ops
     if names:  # empty or None: nothing is piecewise
         names.extend(op for op in ops if op not in names)
-
-
-def replayed_tokens() -> int | None:
-    """Rows of the full CUDA graph that vLLM is about to capture or replay; None inside a piecewise one."""
-    from vllm.config import CUDAGraphMode
-    from vllm.forward_context import get_forward_context, is_forward_context_available
-
-    if not is_forward_context_available():
-        return None
-    context = get_forward_context()
-    if context.cudagraph_runtime_mode != CUDAGraphMode.FULL:
-        return None
-    return int(context.batch_descriptor.num_tokens)
 
 
 def set_num_threads(count: int) -> None:

@@ -47,7 +47,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters of the runtime, with load and memory. ``UsageError`` if steps ran and the pool was not used."""
         stats = {
-            **self.state.stats(),
+            **self.runtime.stats(),
             "rank": self.group.rank,
             "world_size": self.group.world_size,
             "load": self.load,

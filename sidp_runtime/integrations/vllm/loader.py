@@ -91,7 +91,6 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             self._offloader = None
         state = StepState(runtime, num_layers, chosen.pool.max_rows)
         install(model, offloader.blocks, state, with_computes=bool(_ops_wanted(chosen)))
-        offloader.before_graph = state.before_graph
         set_state(state)
         engine = Engine(chosen, group, pool, runtime, state, self._load)
         set_engine(engine)

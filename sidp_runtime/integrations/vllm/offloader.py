@@ -31,7 +31,6 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
     def __init__(self, num_layers: int, make_pool: MakePool) -> None:
         self.blocks: list[nn.Module] = []
         self.pool: WeightPool | None = None
-        self.before_graph: Callable[[], None] | None = None
         self._num_layers = num_layers
         self._make_pool = make_pool
 
@@ -59,11 +58,6 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
                 seen=len(self.blocks),
             )
         return list(self.blocks)
-
-    def sync_prev_onload(self) -> None:
-        """Called by vLLM before each capture and each replay of a CUDA graph."""
-        if self.before_graph is not None:
-            self.before_graph()
 
 
 def pooled_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

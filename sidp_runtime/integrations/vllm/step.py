@@ -15,7 +15,6 @@ from ... import Mode, Runtime
 from ..._C import StepKind
 from ...errors import UsageError
 from ...runtime import Step
-from . import compat
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,9 +31,7 @@ class StepState:
         self.computes: dict[tuple[int, str], Compute] = {}  # what a layer's op is without the pool
         self._local = [runtime.pool.is_local(layer) for layer in range(num_layers)]
         self._max_rows = max_rows
-        self._step: Step | None = None
-        self._is_replay = False
-        self._captured: dict[int, Mode] = {}  # by rows of a full CUDA graph
+        self._in_step = False
         self._is_cas = False
 
     def pin(self, mode: Mode | None) -> None:
@@ -44,66 +41,20 @@ class StepState:
     # --- Steps --------------------------------------------------------------------------------------------------------
 
     def begin(self, rows: int) -> None:
-        """Before vLLM calls the model, or captures it in a full CUDA graph."""
-        self._end_open()
-        if self._capturing():
-            mode = self._captured.setdefault(rows, self._mode_to_capture(rows))
-            step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.CAPTURE, mode)
-        else:
-            step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, self._pinned_for(rows))
-        self._enter(step)
+        """Before vLLM calls the model."""
+        if self._in_step:  # that call of the model raised
+            self._in_step = False
+            self.runtime.end_step(broken_off=True)
+        mode = self.pinned
+        if mode == Mode.CAS and rows > self._max_rows:
+            mode = Mode.WAS
+        step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
+        self._in_step, self._is_cas = True, step.mode == Mode.CAS
 
     def end(self) -> None:
         """After it."""
-        self._close(broken_off=False)
-
-    def _end_open(self) -> None:
-        """Ends what has no end of its own: a replayed graph, and a call of the model that raised."""
-        if self._step is not None:
-            self._close(broken_off=not self._is_replay)
-
-    def _close(self, *, broken_off: bool) -> None:
-        step, self._step = self._step, None
-        if step is not None and not self.runtime.closed:
-            self.runtime.end_step(broken_off=broken_off)
-
-    def before_graph(self) -> None:
-        """vLLM is about to capture or replay a CUDA graph. A full one is a whole step; its model is not called."""
-        rows = compat.replayed_tokens()
-        if rows is None or rows not in self._captured:
-            return  # piecewise, or about to be captured
-        self._end_open()
-        self._enter(Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._captured[rows]))
-        self._is_replay = True
-        # vLLM launches the graph next and calls nobody afterwards: the copies that it waits for are queued now, and the
-        # step ends when the next one begins.
-        self.runtime._core.launched()
-
-    def _enter(self, step: Step) -> None:
-        step.__enter__()
-        self._step, self._is_replay = step, False
-        self._is_cas = step.mode == Mode.CAS
-
-    def _capturing(self) -> bool:
-        return self.runtime.pool.group.device is not None and torch.cuda.is_current_stream_capturing()
-
-    def _pinned_for(self, rows: int) -> Mode | None:
-        if self.pinned == Mode.CAS and (rows > self._max_rows or not self.computes):
-            return Mode.WAS
-        return self.pinned
-
-    def _mode_to_capture(self, rows: int) -> Mode:
-        mode = self._pinned_for(rows) or self.runtime.policy.fixed
-        if mode is None or (mode == Mode.CAS and rows > self._max_rows):
-            # What a graph does is fixed for good; WaS is right for any peer, alive or not.
-            return Mode.WAS
-        return mode
-
-    def stats(self) -> dict[str, Any]:
-        """The runtime's counters, a replayed step included."""
-        if self._is_replay:
-            self._end_open()
-        return self.runtime.stats()
+        self._in_step = False
+        self.runtime.end_step()
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 

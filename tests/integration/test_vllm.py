@@ -1,0 +1,205 @@
+"""The real vLLM on a CPU: SmolLM2-135M-Instruct, engines on one copy of the weights against plain ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs these tests where it is")
+
+from helpers.vllm_engine import COMMON, EngineProcess
+from helpers.vllm_model import save_real_model
+
+from sidp_runtime import _C, _torch
+from sidp_runtime.integrations.tokenizer import HfTokenizer
+from sidp_runtime.job import JobConfig, run
+
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time there was a small dragon who",
+    "def add(a, b):",
+    "Water boils at",
+    "A prime number is",
+    "The three primary colours are red,",
+)
+NEW_TOKENS = 10
+KV_BYTES = (96 << 20, 64 << 20)  # of the engines of the pair
+LAYERS, STREAMED = 30, 15
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_real_model(tmp_path_factory.mktemp("smollm2"), "float32")
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Path) -> list[list[int]]:
+    tokenizer = HfTokenizer(str(model))
+    return [tokenizer.encode(text) for text in TEXTS]
+
+
+@dataclass
+class Pair:
+    """Two engines that share the weights, and what plain vLLM answers to all prompts and to the last two."""
+
+    engines: list[EngineProcess]
+    blocks: list[int]
+    expected: list[list[list[int]]]
+    loads: tuple[list[list[int]], list[list[int]]]
+
+    def check(self) -> None:
+        """Unequal load: one engine has the work of three and the other is done early."""
+        for engine, load in zip(self.engines, self.loads, strict=True):
+            engine.generate(load, NEW_TOKENS)
+        assert [engine.answer() for engine in self.engines] == self.expected
+
+    def stats(self) -> list[dict[str, Any]]:
+        return [engine.ask("sidp_stats") for engine in self.engines]
+
+    def pin(self, mode: str) -> None:
+        for engine in self.engines:
+            engine.ask("sidp_pin_mode", mode)
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder, token = tmp_path_factory.mktemp("engines"), secrets.token_hex(16)
+    store, host, port = _torch.make_store_server()
+    assert store is not None
+    loads = (prompts, prompts[-2:])
+    with contextlib.ExitStack() as stack:
+        stack.callback(_C.unlink_segments, token, 2)
+        engines = [
+            stack.enter_context(
+                EngineProcess(
+                    str(model),
+                    str(folder / f"{rank}.log"),
+                    {
+                        "rank": rank,
+                        "store": f"{host}:{port}",
+                        "own": {"serve_store": False, "token": token, "setup_ms": 100_000, "deadline_ms": 10_000},
+                        "world_size": 2,
+                        "max_rows": 64,
+                    },
+                    kv_cache_memory_bytes=KV_BYTES[rank],
+                )
+            )
+            for rank in range(2)
+        ]
+        plain = stack.enter_context(
+            EngineProcess(str(model), str(folder / "plain.log"), kv_cache_memory_bytes=KV_BYTES[0])
+        )
+        blocks = [plain.answer(), *(engine.answer() for engine in engines)]
+        expected = []
+        for load in loads:
+            plain.generate(load, NEW_TOKENS)
+            expected.append(plain.answer())
+        plain.kill()
+        yield Pair(engines, blocks, expected, loads)
+
+
+def test_each_engine_reads_and_holds_its_share(pair: Pair) -> None:
+    for engine in pair.engines:
+        stats = engine.ask("sidp_stats")
+        load, memory = stats["load"], stats["memory"]
+        resident = load["checkpoint_bytes"] - memory["pooled_bytes"]
+        assert memory["owned_bytes"] * 2 == memory["pooled_bytes"]
+        assert load["bytes_read"] == memory["owned_bytes"] + resident  # what every rank keeps is read by all
+        assert memory["ring_bytes"] == 2 * memory["pooled_bytes"] // LAYERS
+        assert memory["own_pool_rss"] <= memory["owned_bytes"]
+        assert "sidp: rank" in engine.output()
+
+
+def test_kv_budget_is_the_smallest_of_all(pair: Pair) -> None:
+    plain, *pooled = pair.blocks
+    assert pooled[0] == pooled[1] == plain * KV_BYTES[1] // KV_BYTES[0]
+
+
+def test_was_gives_the_tokens_of_plain_vllm(pair: Pair) -> None:
+    pair.pin("was")
+    before = pair.stats()
+    pair.check()
+    for was, stats in zip(before, pair.stats(), strict=True):
+        steps = stats["steps"]["was"] - was["steps"]["was"]
+        assert steps == NEW_TOKENS
+        assert stats["fetches"] - was["fetches"] == steps * STREAMED
+        assert stats["requests_by_peer"] == was["requests_by_peer"]
+        moved = sum(stats["bytes_by_peer"]) - sum(was["bytes_by_peer"])
+        assert moved >= (steps - 1) * stats["memory"]["owned_bytes"]
+
+
+def test_cas_gives_the_tokens_of_plain_vllm(pair: Pair) -> None:
+    pair.pin("cas")
+    before = pair.stats()
+    pair.check()
+    for was, stats in zip(before, pair.stats(), strict=True):
+        steps = stats["steps"]["cas"] - was["steps"]["cas"]
+        assert steps == NEW_TOKENS
+        assert sum(stats["requests_by_peer"]) - sum(was["requests_by_peer"]) == steps * STREAMED * 3
+        assert stats["fetches"] == was["fetches"]
+        assert stats["fallbacks"] == 0
+    assert all(sum(stats["served_by_peer"]) > 0 for stats in pair.stats())
+
+
+def test_a_killed_engine_does_not_stop_the_other(pair: Pair) -> None:
+    """The last test of the pair: in CaS, then in WaS, and its memory is still there."""
+    pair.pin("cas")
+    survivor, victim = pair.engines
+    served = sum(survivor.ask("sidp_stats")["requests_by_peer"])
+    survivor.generate(pair.loads[0], NEW_TOKENS)
+    time.sleep(0.2)  # a step or more
+    victim.kill()
+    assert survivor.answer() == pair.expected[0]
+    stats = survivor.ask("sidp_stats")
+    assert stats["fallbacks"] > 0
+    assert sum(stats["requests_by_peer"]) > served
+    survivor.ask("sidp_pin_mode", "was")
+    assert survivor.ask("generate", pair.loads[0], NEW_TOKENS) == pair.expected[0]
+
+
+def test_job_of_three_engines_outlives_one(pair: Pair, model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"id": t, "prompt": t, "raw": True}) + "\n" for t in TEXTS))
+    pids: list[int] = []
+    killed: list[int] = []
+
+    def on_event(name: str, *values: Any) -> None:
+        if name == "ready":
+            pids.extend(values[0])
+            os.kill(pids[2], signal.SIGKILL)  # with its first batch in its hands, or about to get it
+        elif name == "replica_died":
+            killed.append(values[0])
+
+    arguments = {k: v for k, v in COMMON.items() if k not in ("dtype", "seed")}
+    report = run(
+        JobConfig(
+            model=model,
+            prompts=source,
+            out=out,
+            replicas=3,
+            batch_size=1,
+            max_new_tokens=NEW_TOKENS,
+            dtype="float32",
+            engine="vllm",
+            engine_arguments={**arguments, "kv_cache_memory_bytes": KV_BYTES[1]},
+        ),
+        on_event,
+    )
+    assert killed == [2]
+    answers = {line["id"]: line["token_ids"] for line in map(json.loads, out.read_text().splitlines())}
+    assert sorted(answers) == sorted(TEXTS)
+    for text, expected in zip(TEXTS, pair.expected[0], strict=True):
+        # rows are independent; the end token ends an answer here, and is an ordinary one in what is expected
+        assert answers[text] == expected[: len(answers[text])]
+        assert len(answers[text]) == NEW_TOKENS or answers[text][-1] == 2
+    assert all(sum(rank.bytes_by_peer) > 0 for rank in report.ranks if rank.rank != 2)

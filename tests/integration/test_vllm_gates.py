@@ -1,0 +1,219 @@
+"""What stops an engine with a pool from starting: other versions, changed hooks, settings that a pool cannot serve."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs these tests where it is")
+
+import helpers.vllm_quiet  # noqa: F401 - before the others
+import vllm
+
+from sidp_runtime.errors import ConfigError, UnsupportedError, UsageError
+from sidp_runtime.integrations.vllm import compat, engine, engine_arguments, settings, weights
+from sidp_runtime.integrations.vllm.loader import SidpModelLoader
+from sidp_runtime.integrations.vllm.offloader import PoolOffloader
+from sidp_runtime.integrations.vllm.step import OPERATORS
+
+
+def configured(additional: Any, extra: Any = None, index: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(
+        additional_config=additional,
+        load_config=SimpleNamespace(model_loader_extra_config=extra),
+        parallel_config=SimpleNamespace(data_parallel_index=index),
+    )
+
+
+def plain_settings() -> SimpleNamespace:
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1, enable_dbo=False
+        ),
+        model_config=SimpleNamespace(quantization=None, enable_sleep_mode=False),
+        lora_config=None,
+        speculative_config=None,
+        compilation_config=SimpleNamespace(
+            mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=["vllm::attention"]
+        ),
+    )
+
+
+def test_the_installed_version_has_every_hook() -> None:
+    compat.check_hooks()
+    SidpModelLoader(SimpleNamespace(model_loader_extra_config={}))
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.34.0", "1.0.0", "dev"])
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(UnsupportedError, match=rf"vLLM {version} is not between 0\.20 and 0\.33"):
+        SidpModelLoader(SimpleNamespace(model_loader_extra_config={}))
+
+
+def test_a_changed_hook_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models import utils
+
+    monkeypatch.setattr(utils, "make_layers", lambda layer_fn, num_hidden_layers: None)
+    with pytest.raises(UnsupportedError, match=r"models\.utils\.make_layers takes \(layer_fn, num_hidden_layers\)"):
+        compat.check_hooks()
+
+
+def test_a_missing_hook_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.offloader.base import BaseOffloader
+
+    monkeypatch.delattr(BaseOffloader, "wrap_modules")
+    with pytest.raises(
+        UnsupportedError, match=r"has no vllm\.model_executor\.offloader\.base\.BaseOffloader\.wrap_mod"
+    ):
+        compat.check_hooks()
+
+
+def test_plain_settings_are_taken() -> None:
+    compat.check_settings(plain_settings())
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "words"),
+    [
+        ("parallel_config", "tensor_parallel_size", 2, "tensor_parallel_size"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size"),
+        ("parallel_config", "data_parallel_size", 2, "lock-step"),
+        ("parallel_config", "enable_dbo", True, "enable_dbo"),
+        ("model_config", "quantization", "fp8", "'fp8'"),
+        ("model_config", "enable_sleep_mode", True, "sleep mode"),
+        ("", "lora_config", object(), "LoRA"),
+        ("", "speculative_config", object(), "speculative"),
+        ("compilation_config", "mode", 1, "STOCK_TORCH_COMPILE"),
+    ],
+)
+def test_settings_that_a_pool_cannot_serve(part: str, name: str, value: Any, words: str) -> None:
+    given = plain_settings()
+    setattr(getattr(given, part) if part else given, name, value)
+    with pytest.raises(UnsupportedError, match=words):
+        compat.check_settings(given)
+
+
+@pytest.mark.parametrize("name", ["FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_full_cuda_graphs_are_refused(name: str) -> None:
+    from vllm.config import CUDAGraphMode
+
+    given = plain_settings()
+    given.compilation_config.cudagraph_mode = CUDAGraphMode[name]
+    with pytest.raises(UnsupportedError, match="'cudagraph_mode': 'PIECEWISE'"):
+        compat.check_settings(given)
+
+
+def test_piecewise_graphs_end_at_the_operators() -> None:
+    given = plain_settings()
+    for _ in range(2):
+        compat.split_graphs_at(given, OPERATORS)
+    assert given.compilation_config.splitting_ops == ["vllm::attention", *OPERATORS]
+    for nothing in (None, []):  # nothing is piecewise
+        given.compilation_config.splitting_ops = nothing
+        compat.split_graphs_at(given, OPERATORS)
+        assert given.compilation_config.splitting_ops == nothing
+
+
+def test_without_an_entry_in_additional_config_the_compile_cache_would_mix() -> None:
+    for additional in (None, {}, {"other": {}}):
+        with pytest.raises(ConfigError, match="compile cache"):
+            settings.read(configured(additional))
+
+
+def test_settings_from_both_places() -> None:
+    given = engine_arguments(rank=1, store="10.0.0.1:2960", world_size=3, mode="was", own={"token": "ab"})
+    read = settings.read(configured(given["additional_config"], given["model_loader_extra_config"]))
+    assert (read.rank, read.world_size, read.host, read.port) == (1, 3, "10.0.0.1", 2960)
+    assert (read.pool.mode, read.own.token) == ("was", "ab")
+    assert given["additional_config"] == {"sidp": {"world_size": 3, "mode": "was"}}  # nothing of the rank in the key
+
+
+def test_the_rank_of_an_engine_that_vllm_started() -> None:
+    read = settings.read(configured({"sidp": {"world_size": 3}}, {"store": "h:1"}, index=2))
+    assert read.rank == 2
+
+
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "77"}.items():
+        monkeypatch.setenv(name, value)
+    read = settings.read(configured({"sidp": {}}))
+    assert (read.rank, read.world_size, read.host, read.port) == (1, 2, "h", 77)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match=r"rank, world_size, store not given in the settings, and .*RANK"):
+        settings.read(configured({"sidp": {}}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"mode": "fast"}, "mode 'fast'"),
+        ({"weights": "some"}, "weights 'some'"),
+        ({"max_rows": 0}, "max_rows is 0"),
+        ({"slots": 2}, "unknown keys slots"),
+        ({"world_size": 2}, "rank 5 is not one of 0 to 1"),
+    ],
+)
+def test_wrong_settings_are_named(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings.read(configured({"sidp": {"world_size": 9, **wrong}}, {"rank": 5, "store": "h:1"}))
+
+
+@pytest.mark.parametrize("store", ["h", "h:", ":1", "h:0", "h:99999"])
+def test_a_store_is_host_and_port(store: str) -> None:
+    with pytest.raises(ConfigError, match="is not host:port"):
+        settings.read(configured({"sidp": {"world_size": 2}}, {"rank": 0, "store": store}))
+
+
+def test_layers_of_another_form_are_refused() -> None:
+    offloader = PoolOffloader(1, lambda layers: pytest.fail("a pool was made"))
+    with pytest.raises(UnsupportedError, match=r"a Linear has no self_attn\.qkv_proj"):
+        offloader.wrap_modules(layer for layer in [torch.nn.Linear(2, 2)])
+
+
+def test_made_up_weights_depend_on_their_names_alone() -> None:
+    def model() -> torch.nn.Module:
+        return torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("first", "second")})
+
+    one, other = model(), model()
+    remote = {next(other["second"].parameters())}  # type: ignore[index]
+    weights.make_up(one, set())
+    weights.make_up(other, remote)
+    first, second = one.parameters()
+    assert not torch.equal(first, second)
+    assert torch.equal(first, next(other.parameters()))
+    assert not torch.equal(second, next(iter(remote)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "moved", "fetches", "asked", "used"),
+    [
+        ({"was": 3}, 10, 6, 0, True),
+        ({"was": 3}, 0, 0, 0, False),
+        ({"was": 3}, 10, 0, 0, False),  # the ring was filled once, at the start
+        ({"cas": 3}, 10, 0, 0, False),
+        ({"cas": 3}, 10, 0, 9, True),
+        ({}, 0, 0, 0, True),
+    ],
+)
+def test_a_pool_that_was_not_used_is_an_error(
+    steps: dict[str, int], moved: int, fetches: int, asked: int, used: bool
+) -> None:
+    stats = {
+        "steps": steps,
+        "bytes_by_peer": [0, moved],
+        "fetches": fetches,
+        "requests_by_peer": [0, asked],
+        "fallbacks": 0,
+    }
+    engine.check_used(stats, 0)  # nothing is streamed: nothing to use
+    if used:
+        engine.check_used(stats, 2)
+    else:
+        with pytest.raises(UsageError, match="configured and not used"):
+            engine.check_used(stats, 2)
