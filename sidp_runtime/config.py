@@ -41,7 +41,7 @@ _TABLE = (
     Setting("MASTER_ADDR", "host of the rendezvous store (torchrun)", "host name", "127.0.0.1"),
     Setting("MASTER_PORT", "port of the rendezvous store (torchrun)", "TCP port", "29500", 1, 65535),
     Setting("CUDA_MODULE_LOADING", "when CUDA loads kernels (CUDA reads it); see load_kernels_early", "mode", "EAGER"),
-    Setting("CUDA_VISIBLE_DEVICES", "the GPUs (CUDA reads it); see prepare_vllm", "list", ""),
+    Setting("CUDA_VISIBLE_DEVICES", "the GPUs (CUDA reads it); see put_own_gpu_first", "list", None),
     Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "vLLM's engine in a process of its own (vLLM reads it)", "switch", "0"),
     Setting("VLLM_CPU_OMP_THREADS_BIND", "cores of vLLM's threads on a CPU (vLLM reads it)", "mode", "nobind"),
     Setting("VLLM_LOGGING_LEVEL", "least level of vLLM's log (vLLM reads it)", "level", "ERROR"),
@@ -139,21 +139,27 @@ def load_kernels_early() -> None:
     os.environ.setdefault("CUDA_MODULE_LOADING", SETTINGS["CUDA_MODULE_LOADING"].default or "")
 
 
-def prepare_vllm(rank: int | None = None) -> None:
+def prepare_vllm() -> None:
     """Sets what a vLLM engine of an offline job needs; before the engine is made.
 
     The engine runs in this process, and is quiet, as N of them would drown the job's own report. On a CPU it leaves the
-    choice of cores to the system, as all engines would choose the same. ``rank``: of an engine on a GPU; its own GPU
-    becomes the first that it sees, its peers' stay visible.
+    choice of cores to the system, as all engines would choose the same.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = SETTINGS["VLLM_ENABLE_V1_MULTIPROCESSING"].default or ""
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_LOGGING_LEVEL"):
         os.environ.setdefault(name, SETTINGS[name].default or "")
+
+
+def put_own_gpu_first(rank: int, world_size: int) -> None:
+    """Rotates ``CUDA_VISIBLE_DEVICES``, as an engine takes the first GPU that it sees and its peers' must stay visible.
+
+    Before this process starts CUDA. Unset, it means GPUs 0 to ``world_size`` - 1. ``ConfigError`` if it names too few.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if rank is not None and visible:
-        gpus = visible.split(",")
-        first = rank % len(gpus)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
+    gpus = visible.split(",") if visible is not None else [str(ordinal) for ordinal in range(world_size)]
+    if len(gpus) < world_size or not all(gpus):
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible!r} names {len(gpus)} GPUs for {world_size} engines")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[rank:] + gpus[:rank])
 
 
 def check_nvshmem() -> None:

@@ -26,7 +26,9 @@ def run_vllm_replica(settings: dict[str, Any], connection: Connection) -> None:
 def _serve(settings: dict[str, Any], connection: Connection, inbox: Inbox) -> None:
     from ..integrations.vllm.engine import WorkerExtension, current
 
-    environment.prepare_vllm(settings["rank"] if settings["backend"] == "nvshmem" else None)
+    environment.prepare_vllm()
+    if settings["backend"] == "nvshmem":
+        environment.put_own_gpu_first(settings["rank"], settings["world_size"])
     engine = _start(settings)
     held = current()
     protocol.send(connection, "ready", memory=held.memory(), load=held.load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,26 @@ def test_reported_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.nvshmem_disable_nvls() is None
     monkeypatch.setenv("NVSHMEM_DISABLE_NVLS", "1")
     assert config.nvshmem_disable_nvls() == "1"
+
+
+def test_an_engines_own_gpu_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, rank, world_size, expected in ((None, 1, 3, "1,2,0"), ("4,6", 1, 2, "6,4"), ("5,6,7", 0, 2, "5,6,7")):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        config.put_own_gpu_first(rank, world_size)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    for visible in ("0,1", "", "0,,2"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES='{visible}'"):
+            config.put_own_gpu_first(0, 3)
+
+
+def test_a_jobs_engine_runs_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "all")
+    config.prepare_vllm()
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert (os.environ["VLLM_LOGGING_LEVEL"], os.environ["VLLM_CPU_OMP_THREADS_BIND"]) == ("DEBUG", "all")
