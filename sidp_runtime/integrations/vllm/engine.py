@@ -22,6 +22,7 @@ class Engine:
     runtime: Runtime
     state: StepState
     load: dict[str, Any]
+    budgets_asked: int = 0
 
     def describe(self) -> str:
         """One line for the log: who, what it holds, what it read."""
@@ -55,6 +56,17 @@ class Engine:
         }
         check_used(stats, len(self.pool.placement.streamed_layers(self.group.rank)))
         return stats
+
+    def smallest_budget(self, own: int) -> int:
+        """The smallest of all engines' ``own`` bytes for the KV cache, if they shall be equal.
+
+        Collective; waits as long as engines may take to start.
+        """
+        if not self.settings.pool.equal_kv:
+            return own
+        self.budgets_asked += 1  # a key is used once
+        gathered = self.group.all_gather(f"kv-budget/{self.budgets_asked}", str(own).encode())
+        return min(int(budget) for budget in gathered)
 
     def close(self) -> None:
         """Leaves the group. Other engines go on with this rank's bytes on the host; on a GPU all close together."""
@@ -112,9 +124,16 @@ class WorkerExtension:
         state.pin({"auto": None, "was": Mode.WAS, "cas": Mode.CAS}[mode])
 
     def sidp_close(self) -> None:
-        """Leaves the group. On a GPU collective: peers read this engine's memory until all have called it."""
-        current().close()
-        set_engine(None)
+        """Leaves the group, with a last ``sidp_stats`` for the log.
+
+        On a GPU collective: peers read this engine's memory until all have called it.
+        """
+        engine = current()
+        try:
+            _log(engine.stats())
+        finally:
+            set_engine(None)
+            engine.close()
 
 
 def _log(stats: dict[str, Any]) -> None:

@@ -12,19 +12,11 @@ from vllm.v1.worker.gpu_worker import Worker
 from .engine import current
 
 
-def smallest_budget(own: int) -> int:
-    """The smallest of all engines' ``own`` bytes. Collective; waits as long as engines may take to start."""
-    engine = current()
-    if not engine.settings.pool.equal_kv:
-        return own
-    return min(int(budget) for budget in engine.group.all_gather("kv-budget", str(own).encode()))
-
-
 class SidpWorker(Worker):  # type: ignore[misc]
     """For ``worker_cls`` on GPUs."""
 
     def determine_available_memory(self) -> int:
-        return smallest_budget(int(super().determine_available_memory()))
+        return current().smallest_budget(int(super().determine_available_memory()))
 
 
 def __getattr__(name: str) -> Any:
@@ -37,7 +29,7 @@ def __getattr__(name: str) -> Any:
         """For ``worker_cls`` on a CPU."""
 
         def determine_available_memory(self) -> int:
-            return smallest_budget(int(super().determine_available_memory()))
+            return current().smallest_budget(int(super().determine_available_memory()))
 
     globals()[name] = SidpCpuWorker
     return SidpCpuWorker
