@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .harness import Figure, Report
+from .environment import environment
+from .harness import OWN, Figure, Report, render
 
 START_S = 1800.0
 RUN_S = 3600.0
@@ -29,12 +30,13 @@ RUN_S = 3600.0
 def main() -> None:
     """The command."""
     options = _options()
-    report = Report(command=" ".join(["python -m bench.e2e_vllm", *sys.argv[1:]]))
+    command = " ".join(["python -m bench.e2e_vllm", *sys.argv[1:]])
+    report = Report(command, options.backend, Path(options.model).name, environment())
     for system in options.systems.split(","):
         report.figures += measure(system, options)
     from rich.console import Console
 
-    report.render(Console())
+    render(report.figures, Console())
     if options.json is not None:
         report.write(options.json)
 
@@ -74,29 +76,31 @@ def measure(system: str, options: argparse.Namespace) -> list[Figure]:
             processes.append(process)
         ready = [_answer(link, START_S) for link in links]
         figures = [
-            Figure(f"{system}_start_s", f"{system}: start of all engines", "s", (time.perf_counter() - start,)),
-            Figure(
-                f"{system}_kv_tokens", f"{system}: KV tokens an engine", "tokens", tuple(r["kv_tokens"] for r in ready)
-            ),
+            _figure(system, "start", "s", [time.perf_counter() - start], False),
+            _figure(system, "kv_of_an_engine", "tokens", [r["kv_tokens"] for r in ready], True),
         ]
         for workload in options.workloads.split(","):
             samples = [_run(links, workload, repeat, vocabulary) for repeat in range(options.repeats)]
-            name = f"{system}_{workload.replace(':', '_')}"
-            figures.append(Figure(f"{name}_tokens_per_s", f"{system}: {workload}", "tokens/s", tuple(samples)))
+            figures.append(_figure(system, "throughput", "tokens/s", samples, True, workload=workload))
         for link in links:
             link.send(("close",))
         for rank, link in enumerate(links):
             moved = _answer(link, START_S)
             if system.startswith("sidp"):
-                figures.append(
-                    Figure(f"{system}_moved_{rank}", f"{system}: bytes copied to rank {rank}", "bytes", (moved,))
-                )
+                figures.append(_figure(system, "copied", "bytes", [moved], None, rank=rank))
         return figures
     finally:
         for process in processes:
             process.join(30)
             if process.is_alive():
                 process.kill()
+
+
+def _figure(
+    system: str, metric: str, unit: str, samples: list[float], higher_is_better: bool | None, **parameters: int | str
+) -> Figure:
+    subject = OWN if system == "sidp" else system.replace("-", "_")
+    return Figure("e2e_vllm", metric, subject, unit, parameters, tuple(samples), higher_is_better)
 
 
 def _run(links: list[Any], workload: str, repeat: int, vocabulary: int) -> float:
@@ -142,6 +146,7 @@ def _serve(link: Connection, system: str, rank: int, port: int, options: dict[st
 
     arguments: dict[str, Any] = {
         "enable_prefix_caching": False,
+        "skip_tokenizer_init": not (Path(options["model"]) / "tokenizer_config.json").exists(),
         "load_format": "dummy" if options["weights"] == "dummy" else "auto",
         **({"tensor_parallel_size": replicas} if system == "tp" else {}),
         **json.loads(options["engine"]),
@@ -158,7 +163,7 @@ def _serve(link: Connection, system: str, rank: int, port: int, options: dict[st
         )
         graphs = {**arguments.get("compilation_config", {}), **pool.pop("compilation_config", {})}
         arguments |= {**pool, **({"compilation_config": graphs} if graphs else {})}
-    llm = LLM(model=options["model"], skip_tokenizer_init=True, disable_log_stats=True, **arguments)
+    llm = LLM(model=options["model"], disable_log_stats=True, **arguments)
     cache = llm.llm_engine.vllm_config.cache_config
     link.send(("ready", {"kv_tokens": cache.num_gpu_blocks * cache.block_size}))
     while True:

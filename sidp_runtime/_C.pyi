@@ -457,12 +457,20 @@ class Runtime:
         self,
         layer: typing.SupportsInt | typing.SupportsIndex,
         op: typing.SupportsInt | typing.SupportsIndex,
-        x: typing.Any,
-        y: typing.Any,
+        x: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+        ],
+        y: tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+            typing.SupportsInt | typing.SupportsIndex,
+        ],
         stream: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None:
         """
-        y = op(layer, x); x and y are row-major tensors on the pool's device that support DLPack.
+        y = op(layer, x); x and y: (address, rows, bytes a row) of row-major memory on the pool's device, which must outlive the call, and on a GPU the work that the stream has then.
         """
     def start(self, failure: str = "") -> None:
         """

@@ -10,6 +10,7 @@ import typer
 
 from . import bench_cli
 from .console import Debug, plain_errors
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -78,7 +78,6 @@ def _start(settings: dict[str, Any]) -> Any:
         model=checkpoint.root,
         dtype=settings["dtype"],
         seed=settings["seed"],
-        skip_tokenizer_init=True,
         disable_log_stats=True,
         **given,
         **engine_arguments(
