@@ -53,7 +53,7 @@ def open_link(context: RankContext, num_bytes: int) -> Iterator[Link]:
         context.meet()
         return
     layers = [LayerSpec(f"rank{r}", (TensorSpec("bytes", (num_bytes,), "uint8"),)) for r in range(context.world_size)]
-    placement = Placement.by_layer([num_bytes] * context.world_size, context.world_size, ring_slots=1)
+    placement = Placement.by_layer([layer.num_bytes for layer in layers], context.world_size, ring_slots=1)
     with WeightPool(context.group, layers, placement) as pool:
         own = pool.layer_view(context.rank)["bytes"]
         others = [r for r in range(context.world_size) if r != context.rank]

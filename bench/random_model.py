@@ -31,6 +31,7 @@ def write_model(config: dict[str, Any], folder: Path) -> int:
     hf_config.dtype = torch.bfloat16
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config)  # type: ignore[no-untyped-call]
+    hf_config.architectures = [type(model).__name__]
     hf_config.save_pretrained(folder)
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, shape in ((name, value.shape) for name, value in model.named_parameters()):

@@ -153,7 +153,8 @@ def prepare_vllm() -> None:
 def put_own_gpu_first(rank: int, world_size: int) -> None:
     """Rotates ``CUDA_VISIBLE_DEVICES``, as an engine takes the first GPU that it sees and its peers' must stay visible.
 
-    Before this process starts CUDA. Unset, it means GPUs 0 to ``world_size`` - 1. ``ConfigError`` if it names too few.
+    Before this process starts CUDA. Unset, it means GPUs 0 to ``world_size`` - 1. Engines that share GPUs in turn give
+    their number as ``world_size``. ``ConfigError`` if it names too few.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible is not None else [str(ordinal) for ordinal in range(world_size)]

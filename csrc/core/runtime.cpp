@@ -8,12 +8,6 @@
 
 namespace sidp {
 
-namespace {
-
-constexpr std::size_t index(Mode mode) { return static_cast<std::size_t>(mode); }
-
-}  // namespace
-
 // One load where no trace runs.
 inline Tracer::Session Runtime::trace_session() const {
   const Tracer::Session session = tracer_.session();

@@ -21,8 +21,6 @@ double median(std::array<double, N> values, std::uint32_t count) {
   return (*middle + *std::max_element(values.begin(), middle)) / 2;
 }
 
-std::size_t index(Mode mode) { return static_cast<std::size_t>(mode); }
-
 }  // namespace
 
 std::size_t StepHistory::size_of(std::int64_t num_tokens) {

@@ -27,6 +27,7 @@ enum class Mode : std::uint8_t {
   kWas,  // Weight-as-a-Service: layers are copied into the ring ahead of use
   kCas,  // Compute-as-a-Service: activations are sent to the owner of the layer
 };
+constexpr std::size_t index(Mode mode) { return static_cast<std::size_t>(mode); }  // of arrays by mode
 
 constexpr std::string_view to_string(Mode mode) { return mode == Mode::kWas ? "was" : "cas"; }
 

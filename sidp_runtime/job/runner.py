@@ -42,7 +42,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
             on_event(name, *values)
 
     config.check_places()
-    _check_backend(config, emit)
+    gpus = _check_backend(config, emit)
     deadline_ms = config.deadline
     prompts = read_prompts(Path(config.prompts))
     checkpoint = Checkpoint.open(config.model)
@@ -80,6 +80,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
                 # Of the whole file, so that a job that is taken up again computes as the first run did.
                 "step_rows": step_rows(batches) if config.engine != "vllm" else [config.batch_size],
                 "engine_arguments": dict(config.engine_arguments),
+                "gpus": gpus,
                 "threads": config.threads_per_replica,
                 "seed": config.seed,
                 "pad_token_id": pad,
@@ -152,18 +153,20 @@ def _real_target(config: JobConfig) -> Target:
     return run_replica
 
 
-def _check_backend(config: JobConfig, emit: OnEvent) -> None:
+def _check_backend(config: JobConfig, emit: OnEvent) -> int:
+    """GPUs that the replicas run on; 0: the host."""
     if config.backend not in _C.backend_names():
         raise ConfigError(
             f"backend {config.backend!r} is not in this build, which has: {', '.join(_C.backend_names())}"
         )
     if config.backend == "host":
-        return
+        return 0
     if reason := _nvshmem.missing():
         raise UnsupportedError(f"backend {config.backend!r}: {reason}; see `sidp doctor`")
     gpus = len(_C.cuda_report()["devices"])
     if config.replicas > gpus:
         emit("warning", f"{config.replicas} replicas share {gpus} GPU(s): that works, and saves no memory")
+    return min(gpus, config.replicas)
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:

@@ -27,8 +27,8 @@ def _serve(settings: dict[str, Any], connection: Connection, inbox: Inbox) -> No
     from ..integrations.vllm.engine import WorkerExtension, current
 
     environment.prepare_vllm()
-    if settings["backend"] == "nvshmem":
-        environment.put_own_gpu_first(settings["rank"], settings["world_size"])
+    if gpus := settings["gpus"]:
+        environment.put_own_gpu_first(settings["rank"] % gpus, gpus)
     engine = _start(settings)
     held = current()
     protocol.send(connection, "ready", memory=held.memory(), load=held.load)

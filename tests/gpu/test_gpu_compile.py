@@ -25,6 +25,11 @@ def expected(replica: Replica, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def assert_same(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for the last bits: a compiler may sum in another order. Another layer's bytes would be far off."""
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def compiled(context: RankContext, mode: str, engine: str) -> dict[str, Any]:
     # the lane is slow: a use before its fetch would see another layer's bytes or NaN
     with open_replica(
@@ -39,7 +44,7 @@ def compiled(context: RankContext, mode: str, engine: str) -> dict[str, Any]:
                 x = replica.rows(ROWS, seed)
                 with runtime.step(num_tokens=ROWS):
                     y = forward(x)
-                torch.testing.assert_close(y, expected(replica, x))
+                assert_same(y, expected(replica, x))
                 assert torch.equal(x, replica.rows(ROWS, seed)), "the step changed its input"
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph), runtime.capture_step(ROWS, fixed):
@@ -48,7 +53,7 @@ def compiled(context: RankContext, mode: str, engine: str) -> dict[str, Any]:
                 x.copy_(replica.rows(ROWS, seed))
                 with Step(runtime, ROWS, torch.cuda.current_stream().cuda_stream, StepKind.REPLAY, fixed) as step:
                     step.replay(graph)
-                torch.testing.assert_close(y, expected(replica, x))
+                assert_same(y, expected(replica, x))
         torch.cuda.synchronize()
         stats = runtime.stats()
         assert stats["fallbacks"] == 0

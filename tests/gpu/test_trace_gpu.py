@@ -21,6 +21,7 @@ def traced_steps(context: RankContext, mode: str) -> dict[str, Any]:
         head = len(replica.head())
         replica.step()
         torch.cuda.synchronize()
+        context.meet("warm")  # or a request of the other's first step would be served in this rank's trace
         before = replica.settled_stats(head + replica.runtime.stats()["fetches"])
         with replica.runtime.tracing() as traced:
             context.meet("tracing")
