@@ -50,6 +50,7 @@ def _serve(settings: dict[str, Any], connection: Connection, inbox: Inbox) -> No
         )
         if answer is None:
             continue  # broken off: not a result
+        held.runtime.check()  # on a GPU an unanswered request shows only here
         sequences, finish, num_steps = answer
         protocol.send(
             connection,

@@ -326,7 +326,8 @@ def test_the_command_stops_and_goes_on(
     if process.returncode == 0:
         pytest.skip("the job was done before the signal came")
     assert process.returncode == code, errors
-    assert errors.startswith(f"error: stopped by {number.name}")
+    # before it replicas may have warned that so small a model gains nothing
+    assert errors.splitlines()[-1].startswith(f"error: stopped by {number.name}"), errors
     assert "Traceback" not in errors
     run(config(model, prompts, out))
     assert answers(out) == alone

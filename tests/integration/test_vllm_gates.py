@@ -13,11 +13,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm r
 import helpers.vllm_quiet  # noqa: F401 - before the others
 import vllm
 
+from sidp_runtime import Mode
 from sidp_runtime.errors import ConfigError, UnsupportedError, UsageError
 from sidp_runtime.integrations.vllm import compat, engine, engine_arguments, settings, weights
 from sidp_runtime.integrations.vllm.loader import SidpModelLoader
 from sidp_runtime.integrations.vllm.offloader import PoolOffloader
-from sidp_runtime.integrations.vllm.step import OPERATORS
+from sidp_runtime.integrations.vllm.step import OPERATORS, StepState
 
 
 def configured(additional: Any, extra: Any = None, index: int = 0) -> SimpleNamespace:
@@ -107,6 +108,78 @@ def test_full_cuda_graphs_are_refused(name: str) -> None:
     given.compilation_config.cudagraph_mode = CUDAGraphMode[name]
     with pytest.raises(UnsupportedError, match="'cudagraph_mode': 'PIECEWISE'"):
         compat.check_settings(given)
+
+
+def pool_checked_on(monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, mode: str, graphs: str) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
+    given = plain_settings()
+    given.compilation_config.cudagraph_mode = CUDAGraphMode[graphs]
+    compat.check_pool(given, backend, mode)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "backend", "mode", "graphs"),
+    [
+        (True, "host", "auto", "NONE"),
+        (False, "nvshmem", "was", "PIECEWISE"),
+        (False, "nvshmem", "auto", "NONE"),
+        (False, "nvshmem", "cas", "NONE"),
+    ],
+)
+def test_pools_that_fit_the_platform(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, mode: str, graphs: str
+) -> None:
+    pool_checked_on(monkeypatch, cpu, backend, mode, graphs)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "backend", "mode", "graphs", "words"),
+    [
+        (False, "host", "was", "NONE", "backend 'host' with vLLM on GPUs"),
+        (True, "nvshmem", "was", "NONE", "backend 'nvshmem' with vLLM on a CPU"),
+        (False, "nvshmem", "auto", "PIECEWISE", "mode 'auto' does not work with CUDA graphs"),
+        (False, "nvshmem", "cas", "PIECEWISE", "mode 'cas' does not work with CUDA graphs"),
+    ],
+)
+def test_pools_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, mode: str, graphs: str, words: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        pool_checked_on(monkeypatch, cpu, backend, mode, graphs)
+
+
+class Began:
+    """A runtime that only notes in which mode a step begins."""
+
+    def __init__(self) -> None:
+        self.modes: list[Any] = []
+        self.pool = self._core = self
+
+    def is_local(self, layer: int) -> bool:
+        return False
+
+    def _stream(self, stream: object) -> int:
+        return 0
+
+    def begin_step(self, num_tokens: int, stream: int, kind: Any, mode: Any) -> Any:
+        self.modes.append(mode)
+        return SimpleNamespace(mode=mode)
+
+    def end_step(self, broken_off: bool = False) -> None:
+        pass
+
+
+def test_steps_beyond_the_largest_request_are_was_whatever_was_asked_for() -> None:
+    runtime: Any = Began()
+    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS)
+    for rows, pin in ((8, None), (9, None), (4, Mode.WAS), (4, None)):
+        state.pin(pin)
+        state.begin(rows)
+        state.end()
+    assert runtime.modes == [Mode.CAS, Mode.WAS, Mode.WAS, Mode.CAS]
 
 
 def test_piecewise_graphs_end_at_the_operators() -> None:

@@ -292,7 +292,8 @@ def test_the_command_says_in_a_line_what_is_wrong(change: list[str], words: str)
 
 
 def test_a_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.backends.backend_agg"):  # another test may have imported the latter
+        monkeypatch.setitem(sys.modules, name, None)
     result = CliRunner().invoke(cli.app, [*COMMAND, "--plot", str(tmp_path / "plan.png")])
     assert result.exit_code == 1
     assert "pip install 'sidp_runtime[plot]'" in result.stderr

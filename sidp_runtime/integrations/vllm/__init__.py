@@ -19,6 +19,9 @@ def register() -> None:
     """
     from vllm.model_executor.model_loader import register_model_loader
 
+    from ... import config
+
+    config.load_kernels_early()  # in each process of vLLM, before it starts CUDA
     from .loader import SidpModelLoader
 
     register_model_loader("sidp")(SidpModelLoader)

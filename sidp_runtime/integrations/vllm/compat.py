@@ -108,6 +108,23 @@ def check_settings(vllm_config: Any) -> None:
             raise UnsupportedError(f"load_format='sidp' does not work with {words}")
 
 
+def check_pool(vllm_config: Any, backend: str, mode: str) -> None:
+    """What does not go together with the pool's own settings."""
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    on_cpu = bool(current_platform.is_cpu())
+    if (backend == "host") != on_cpu:
+        raise UnsupportedError(
+            f"backend {backend!r} with vLLM on {'a CPU' if on_cpu else 'GPUs'}: on CPUs it is 'host', on GPUs 'nvshmem'"
+        )
+    if not on_cpu and mode != "was" and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        # What the operators return lies at another address in each step, and a captured piece reads the first one's.
+        raise UnsupportedError(
+            f"mode {mode!r} does not work with CUDA graphs in vLLM yet: give mode='was', or enforce_eager=True"
+        )
+
+
 def keep_weights_plain(model: Any) -> None:
     """On a CPU, keeps vLLM from packing the linears into copies of its own and dropping the weights."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod

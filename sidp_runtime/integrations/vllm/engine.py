@@ -46,7 +46,11 @@ class Engine:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the runtime, with load and memory. ``UsageError`` if steps ran and the pool was not used."""
+        """Counters of the runtime, with load and memory. ``UsageError`` if steps ran and the pool was not used.
+
+        Raises what ``Runtime.check`` raises: call it before the answers of a GPU are trusted.
+        """
+        self.runtime.check()
         stats = {
             **self.runtime.stats(),
             "rank": self.group.rank,

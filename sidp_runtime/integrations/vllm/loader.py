@@ -23,7 +23,7 @@ from .step import OPERATORS, StepState, set_state
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only below its own name
 
-_FIXED = {"auto": None, "was": Mode.WAS, "cas": Mode.CAS}
+_MODES = {"auto": None, "was": Mode.WAS, "cas": Mode.CAS}
 
 
 class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
@@ -70,6 +70,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         """The model, ready to run, and this process's engine set."""
         compat.check_settings(vllm_config)
         chosen = self._settings = settings.read(vllm_config)
+        compat.check_pool(vllm_config, chosen.pool.backend, chosen.pool.mode)
         compat.split_graphs_at(vllm_config, OPERATORS)
         group = _join(chosen)
         num_layers = int(model_config.hf_text_config.num_hidden_layers)
@@ -89,7 +90,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             raise
         finally:
             self._offloader = None
-        state = StepState(runtime, num_layers, chosen.pool.max_rows)
+        state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode])
         install(model, offloader.blocks, state, with_computes=bool(_ops_wanted(chosen)))
         set_state(state)
         engine = Engine(chosen, group, pool, runtime, state, self._load)
@@ -129,11 +130,21 @@ def _ops_wanted(chosen: settings.Settings) -> bool:
     return chosen.pool.mode != "was" and chosen.world_size > 1
 
 
+def _policy(pool: WeightPool) -> ModePolicy:
+    """Free: a mode that was asked for is pinned, as steps of too many rows must be WaS. Measured rank after rank."""
+    group = pool.group
+    for turn in range(group.world_size):
+        if turn == group.rank:
+            policy = ModePolicy.calibrated(device=group.device, pool=pool)
+        group.barrier(f"vllm/measured/{turn}")
+    return policy
+
+
 def _make_runtime(pool: WeightPool, chosen: settings.Settings, blocks: Sequence[nn.Module]) -> Runtime:
     wanted = _ops_wanted(chosen)
     return Runtime(
         pool,
-        policy=ModePolicy.calibrated(fixed=_FIXED[chosen.pool.mode], device=pool.group.device),
+        policy=_policy(pool),
         ops=_ops(pool, blocks) if wanted else (),
         max_rows=chosen.pool.max_rows if wanted else 0,
         deadline_ms=environment.deadline_ms() if chosen.own.deadline_ms is None else chosen.own.deadline_ms,

@@ -25,9 +25,10 @@ OPERATORS = ("sidp::vllm_fetch", "sidp::vllm_release", "sidp::vllm_compute")
 class StepState:
     """An engine's steps. One thread at a time, vLLM's worker."""
 
-    def __init__(self, runtime: Runtime, num_layers: int, max_rows: int) -> None:
+    def __init__(self, runtime: Runtime, num_layers: int, max_rows: int, configured: Mode | None = None) -> None:
         self.runtime = runtime
-        self.pinned: Mode | None = None  # see pin
+        self._configured = configured
+        self.pinned = configured  # see pin
         self.computes: dict[tuple[int, str], Compute] = {}  # what a layer's op is without the pool
         self._local = [runtime.pool.is_local(layer) for layer in range(num_layers)]
         self._max_rows = max_rows
@@ -35,8 +36,8 @@ class StepState:
         self._is_cas = False
 
     def pin(self, mode: Mode | None) -> None:
-        """From the next step on this mode where a step's rows allow it, or again the policy's choice (None)."""
-        self.pinned = mode
+        """From the next step on this mode where a step's rows allow it, or again as configured (None)."""
+        self.pinned = self._configured if mode is None else mode
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
