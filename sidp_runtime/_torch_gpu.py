@@ -44,11 +44,6 @@ def free_bytes(device: int) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def device_of(rank: int) -> int:
-    """The GPU of a rank of this machine; with more ranks than GPUs they share them in turn."""
-    return rank % torch.cuda.device_count()
-
-
 def nvtx_calls() -> tuple[Callable[[str], object], Callable[[], object]]:
     """torch's calls that open and close an NVTX range; ``UnsupportedError`` from a torch without CUDA."""
     try:

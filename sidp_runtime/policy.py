@@ -82,6 +82,16 @@ class ModePolicy:
         return cls(profile, fixed, hysteresis)
 
     @classmethod
+    def calibrated_in_turns(cls, pool: WeightPool, *, fixed: Mode | Mapping[int, Mode] | None = None) -> ModePolicy:
+        """``calibrated``, one rank after the other: several at once would measure each other. Collective."""
+        group = pool.group
+        for turn in range(group.world_size):
+            if turn == group.rank:
+                policy = cls.calibrated(fixed=fixed, device=group.device, pool=pool)
+            group.barrier(f"policy/measured/{turn}")
+        return policy
+
+    @classmethod
     def from_file(
         cls,
         path: str | Path,

@@ -124,7 +124,7 @@ def load_pooled_model(
         load_report = pool.load(source, progress)
         runtime = Runtime(
             pool,
-            policy=_policy(pool, mode),
+            policy=ModePolicy.calibrated_in_turns(pool, fixed=_MODES[mode]),
             ops=_ops(model, dtype, pool_embedding, pool_head) if group.world_size > 1 and mode != "was" else (),
             max_rows=max_rows if row_buckets is None else 0,
             row_buckets=row_buckets,
@@ -134,16 +134,6 @@ def load_pooled_model(
         raise
     _install(model, pool, runtime, pool_embedding, pool_head)
     return PooledModel(model, runtime, pool, load_report, resident_bytes)
-
-
-def _policy(pool: WeightPool, mode: str) -> ModePolicy:
-    """Measured by one rank after the other, unless it is in the cache: several at once would measure each other."""
-    group = pool.group
-    for turn in range(group.world_size):
-        if turn == group.rank:
-            policy = ModePolicy.calibrated(fixed=_MODES[mode], device=group.device, pool=pool)
-        group.barrier(f"transformers/measured/{turn}")
-    return policy
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: str) -> Any:

@@ -15,7 +15,7 @@ from ..integrations import generation
 from ..integrations import transformers as sidp_hf
 from ..loading import Checkpoint
 from . import protocol
-from .replica_process import Inbox, Rarely, run, step_callback
+from .replica_process import Inbox, Rarely, run, send_result, step_callback
 
 
 def run_replica(settings: dict[str, Any], connection: Connection) -> None:
@@ -47,7 +47,7 @@ def _load(settings: dict[str, Any], connection: Connection) -> sidp_hf.PooledMod
         backend=settings["backend"],
         token=settings["token"],
         deadline_ms=settings["deadline_ms"],
-        device=_device(settings),
+        device=settings["rank"] % settings["gpus"] if settings["gpus"] else None,
     )
     rarely = Rarely(0.25)
 
@@ -64,14 +64,6 @@ def _load(settings: dict[str, Any], connection: Connection) -> sidp_hf.PooledMod
         row_buckets=None if group.device is None else settings["step_rows"],
         progress=progress,
     )
-
-
-def _device(settings: dict[str, Any]) -> int | None:
-    if settings["backend"] == "host":
-        return None
-    from .. import _torch_gpu
-
-    return _torch_gpu.device_of(settings["rank"])
 
 
 def _generate(
@@ -92,13 +84,5 @@ def _generate(
     )
     if inbox.closing.is_set():
         return  # broken off: not a result
-    model.runtime.check()  # on a GPU an unanswered request shows only here
-    protocol.send(
-        connection,
-        "result",
-        batch=message["batch"],
-        sequences=sequences,
-        finish=finish,
-        num_steps=max(len(sequence) for sequence in sequences),
-        seconds=time.perf_counter() - start,
-    )
+    num_steps = max(len(sequence) for sequence in sequences)
+    send_result(connection, model.runtime, message["batch"], sequences, finish, num_steps, start)

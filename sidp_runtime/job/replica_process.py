@@ -13,10 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SidpError
 from . import protocol
+
+if TYPE_CHECKING:
+    from ..runtime import Runtime
 
 LAUNCHER_GONE = 3  # exit code
 
@@ -95,3 +98,25 @@ def step_callback(batch: int, connection: Connection, inbox: Inbox) -> Callable[
         return inbox.closing.is_set()
 
     return on_step
+
+
+def send_result(
+    connection: Connection,
+    runtime: Runtime,
+    batch: int,
+    sequences: list[list[int]],
+    finish: list[str],
+    num_steps: int,
+    start: float,
+) -> None:
+    """Sends a batch's answers, once it is certain that they are some. ``start``: ``time.perf_counter`` before them."""
+    runtime.check()  # on a GPU an unanswered request shows only here
+    protocol.send(
+        connection,
+        "result",
+        batch=batch,
+        sequences=sequences,
+        finish=finish,
+        num_steps=num_steps,
+        seconds=time.perf_counter() - start,
+    )

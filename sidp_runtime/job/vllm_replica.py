@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..integrations.vllm import engine_arguments
 from ..loading import Checkpoint
 from . import protocol
-from .replica_process import Inbox, run, step_callback
+from .replica_process import Inbox, run, send_result, step_callback
 
 
 def run_vllm_replica(settings: dict[str, Any], connection: Connection) -> None:
@@ -50,17 +50,7 @@ def _serve(settings: dict[str, Any], connection: Connection, inbox: Inbox) -> No
         )
         if answer is None:
             continue  # broken off: not a result
-        held.runtime.check()  # on a GPU an unanswered request shows only here
-        sequences, finish, num_steps = answer
-        protocol.send(
-            connection,
-            "result",
-            batch=message["batch"],
-            sequences=sequences,
-            finish=finish,
-            num_steps=num_steps,
-            seconds=time.perf_counter() - start,
-        )
+        send_result(connection, held.runtime, message["batch"], *answer, start)
 
 
 def _start(settings: dict[str, Any]) -> Any:

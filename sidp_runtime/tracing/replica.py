@@ -127,7 +127,7 @@ def _synthetic(settings: dict[str, Any], group: Group, closed: ExitStack) -> tup
     runtime = closed.enter_context(
         Runtime(
             pool,
-            policy=ModePolicy.calibrated(fixed=_MODES[settings["mode"]], device=group.device, pool=pool),
+            policy=ModePolicy.calibrated_in_turns(pool, fixed=_MODES[settings["mode"]]),
             ops=[op] if group.world_size > 1 else [],
             max_rows=tokens,
             row_buckets=None if group.device is None or group.world_size == 1 else [tokens],

@@ -130,21 +130,12 @@ def _ops_wanted(chosen: settings.Settings) -> bool:
     return chosen.pool.mode != "was" and chosen.world_size > 1
 
 
-def _policy(pool: WeightPool) -> ModePolicy:
-    """Free: a mode that was asked for is pinned, as steps of too many rows must be WaS. Measured rank after rank."""
-    group = pool.group
-    for turn in range(group.world_size):
-        if turn == group.rank:
-            policy = ModePolicy.calibrated(device=group.device, pool=pool)
-        group.barrier(f"vllm/measured/{turn}")
-    return policy
-
-
 def _make_runtime(pool: WeightPool, chosen: settings.Settings, blocks: Sequence[nn.Module]) -> Runtime:
     wanted = _ops_wanted(chosen)
     return Runtime(
         pool,
-        policy=_policy(pool),
+        # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
+        policy=ModePolicy.calibrated_in_turns(pool),
         ops=_ops(pool, blocks) if wanted else (),
         max_rows=chosen.pool.max_rows if wanted else 0,
         deadline_ms=environment.deadline_ms() if chosen.own.deadline_ms is None else chosen.own.deadline_ms,
