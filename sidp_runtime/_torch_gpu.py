@@ -53,16 +53,21 @@ def nvtx_calls() -> tuple[Callable[[str], object], Callable[[], object]]:
     return torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
 
 
-def stream_handle(stream: object, device: int) -> int:
-    """The CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
-    if stream is None:
-        return _torch.current_stream(device)
-    if isinstance(stream, int):
-        return stream
-    handle = getattr(stream, "cuda_stream", None)
-    if not isinstance(handle, int):
-        raise ConfigError(f"{stream!r} is not a CUDA stream: pass a torch.cuda.Stream, its handle, or None")
-    return handle
+def stream_reader(device: int) -> Callable[[object], int]:
+    """Gives the CUstream of a ``torch.cuda.Stream``, of an integer handle, or for None of torch's current stream."""
+    current = _torch.current_stream
+
+    def read(stream: object) -> int:
+        if stream is None:
+            return current(device)
+        if isinstance(stream, int):
+            return stream
+        handle = getattr(stream, "cuda_stream", None)
+        if not isinstance(handle, int):
+            raise ConfigError(f"{stream!r} is not a CUDA stream: pass a torch.cuda.Stream, its handle, or None")
+        return handle
+
+    return read
 
 
 def capture_ops(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -108,6 +108,11 @@ class Runtime:
     ) -> None:
         self.pool = pool
         self._device = pool.group.device
+        self._stream: Callable[[object], int] = _no_stream  # reads what callers pass as `stream`
+        if self._device is not None:
+            from . import _torch_gpu
+
+            self._stream = _torch_gpu.stream_reader(self._device)
         self.policy = policy or ModePolicy.calibrated(device=self._device, pool=pool)
         if self._device is None and row_buckets is not None:
             raise ConfigError("the host backend computes every row count; row_buckets are for GPUs")
@@ -243,12 +248,12 @@ class Runtime:
         Streamed layers: in a WaS step only, each once, in the order of the pool. Raises ``UsageError`` out of order or
         when the slot is still held, ``DeadlineError`` if the copy does not come, ``UnknownNameError``.
         """
-        self._core.fetch_layer(layer, self._stream(stream))
+        (self._open_core or self._core).fetch_layer(layer, self._stream(stream))
         return self._views[layer]
 
     def release_layer(self, layer: int, *, stream: object = None) -> None:
         """After the last use of the tensors."""
-        self._core.release_layer(layer, self._stream(stream))
+        (self._open_core or self._core).release_layer(layer, self._stream(stream))
 
     def views(self, layer: int) -> dict[str, torch.Tensor]:
         """What ``fetch_layer`` will return, without waiting: addresses are fixed, contents are not."""
@@ -344,14 +349,11 @@ class Runtime:
             raise UnknownNameError(f"op {op!r} was not declared; the ops are: {', '.join(self._ops) or 'none'}")
         return self._ops[op]
 
-    def _stream(self, stream: object) -> int:
-        if self._device is not None:
-            from . import _torch_gpu
 
-            return _torch_gpu.stream_handle(stream, self._device)
-        if stream is not None:
-            raise ConfigError("the host backend has no streams: the calling thread is the stream; pass None")
-        return 0
+def _no_stream(stream: object) -> int:
+    if stream is not None:
+        raise ConfigError("the host backend has no streams: the calling thread is the stream; pass None")
+    return 0
 
 
 def _row_buckets(max_rows: int, row_buckets: Sequence[int] | None) -> list[int]:

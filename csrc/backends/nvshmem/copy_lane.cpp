@@ -106,8 +106,10 @@ void CopyLane::queue_next() {
           break;
         case LaneOp::Kind::kCopy: {
           const TraceSpan copy = span(TraceEvent::Kind::kCopy);
-          device_.check(api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()),
-                        "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer));
+          device_.check(
+              api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()), [&] {
+                return "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer);
+              });
           ++queued_;
           break;
         }

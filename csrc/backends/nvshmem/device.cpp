@@ -1,7 +1,11 @@
 #include "device.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "sidp/error.hpp"
 
@@ -27,8 +31,7 @@ ContextScope::~ContextScope() {
   if (pushed_) device_.api_.cuCtxPopCurrent(&popped);
 }
 
-void Device::check(CUresult result, const std::string& what) const {
-  if (result == CUDA_SUCCESS) return;
+void Device::fail(CUresult result, const std::string& what) const {
   throw Error(result == CUDA_ERROR_OUT_OF_MEMORY ? ErrorCode::kCapacity : ErrorCode::kDevice,
               cuda::check(api_, result, what).reason + " on device " + std::to_string(ordinal_));
 }
@@ -46,6 +49,49 @@ DeviceStream::DeviceStream(const Device& device, Priority priority) : device_(de
 DeviceStream::~DeviceStream() {
   const ContextScope scope(device_);
   device_.api().cuStreamDestroy(stream_);
+}
+
+namespace {
+
+// Of all services that have ended. Never destroyed: a process may end while a service lives.
+struct IdleStreams {
+  struct Entry {
+    std::shared_ptr<const Device> device;
+    std::unique_ptr<DeviceStream> stream;
+  };
+  std::mutex mutex;
+  std::vector<Entry> entries;
+
+  static IdleStreams& all() {
+    static auto* const streams = new IdleStreams;
+    return *streams;
+  }
+};
+
+}  // namespace
+
+ServiceStream::ServiceStream(std::shared_ptr<const Device> device) : device_(std::move(device)) {
+  {
+    IdleStreams& idle = IdleStreams::all();
+    const std::lock_guard lock(idle.mutex);
+    const auto it = std::find_if(idle.entries.begin(), idle.entries.end(), [&](const IdleStreams::Entry& entry) {
+      return entry.device->ordinal() == device_->ordinal();
+    });
+    if (it != idle.entries.end()) {
+      device_ = std::move(it->device);
+      stream_ = std::move(it->stream);
+      idle.entries.erase(it);
+      return;
+    }
+  }
+  stream_ = std::make_unique<DeviceStream>(*device_, DeviceStream::Priority::kService);
+}
+
+ServiceStream::~ServiceStream() {
+  if (!stream_->idle()) return;
+  IdleStreams& idle = IdleStreams::all();
+  const std::lock_guard lock(idle.mutex);
+  idle.entries.push_back({std::move(device_), std::move(stream_)});
 }
 
 bool is_pending(CUresult result) {

@@ -3,7 +3,9 @@
 
 #include <cuda.h>
 
+#include <memory>
 #include <string>
+#include <type_traits>
 
 #include "cuda/driver_api.hpp"
 #include "sidp/backend.hpp"
@@ -21,10 +23,20 @@ class Device {
   [[nodiscard]] int ordinal() const { return ordinal_; }
   [[nodiscard]] const cuda::DriverApi& api() const { return api_; }
   // Throws Error(kDevice), or Error(kCapacity) for want of memory, unless the call succeeded.
-  void check(CUresult result, const std::string& what) const;
+  // `what`: words, or a function that gives them, as making them costs more than some calls.
+  template <typename What>
+  void check(CUresult result, const What& what) const {
+    if (result == CUDA_SUCCESS) [[likely]]
+      return;
+    if constexpr (std::is_invocable_v<const What&>)
+      fail(result, what());
+    else
+      fail(result, what);
+  }
 
  private:
   friend class ContextScope;
+  [[noreturn]] void fail(CUresult result, const std::string& what) const;
   const cuda::DriverApi& api_;
   int ordinal_;
   CUdevice device_ = 0;
@@ -66,6 +78,23 @@ class DeviceStream {
  private:
   const Device& device_;
   CUstream stream_ = nullptr;
+};
+
+// The stream of one service at a time. Libraries keep memory by stream as long as the process lives (cuBLAS on Hopper
+// 32 MiB of workspace), so streams are given back and taken again: one for each service that was open at the same time.
+class ServiceStream {
+ public:
+  explicit ServiceStream(std::shared_ptr<const Device> device);
+  ~ServiceStream();  // one that is still busy is not given back
+  ServiceStream(const ServiceStream&) = delete;
+  ServiceStream& operator=(const ServiceStream&) = delete;
+
+  [[nodiscard]] CUstream get() const { return stream_->get(); }
+  [[nodiscard]] bool idle() const { return stream_->idle(); }
+
+ private:
+  std::shared_ptr<const Device> device_;  // before the stream, which needs it
+  std::unique_ptr<DeviceStream> stream_;
 };
 
 // What a query of a stream or event says: not done, or not known because some capture forbids to ask. Any other error

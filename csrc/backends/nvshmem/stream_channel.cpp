@@ -55,7 +55,7 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       kernels_(*device_),
       host_(*device_, kCounts * static_cast<std::size_t>(world_size_) + 1),
       words_(*device_, (3 * static_cast<ByteCount>(world_size_) + 1) * 64, "words of the activation channel"),
-      service_stream_(*device_, DeviceStream::Priority::kService),
+      service_stream_(device_),
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
       stand_ins_(static_cast<std::size_t>(world_size_)),

@@ -115,7 +115,7 @@ class StreamChannel final : public ActivationChannel {
   Kernels kernels_;
   HostWords host_;      // answers, rows and bytes by owner, then "a request was not answered"
   DeviceBuffer words_;  // device's counts and block counters, see stream_channel.cpp
-  DeviceStream service_stream_;
+  ServiceStream service_stream_;
   std::vector<Watch> watches_;
   std::vector<std::atomic<bool>> gave_up_;
   std::vector<std::atomic<std::uint32_t>> stand_ins_;  // by owner: request word to answer in its place, or 0
