@@ -2,186 +2,205 @@
 
     python -m bench.e2e_vllm --model DIR --systems dp,tp,sidp --workloads 1024:128:512 --json out.json
 
-Every system runs every workload in turn, ``--repeats`` times, with made-up or stored weights; answers are greedy and of
-fixed length. A system's engines are processes of their own, started once; its prompts are dealt out evenly.
+METHODOLOGY.md says how it measures. Exit code 1 if a system failed or a bar was missed; all else is in the file anyway.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import multiprocessing
-import os
 import random
+import signal
 import socket
 import sys
+import tempfile
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .environment import environment
-from .harness import OWN, Figure, Report, render
+from rich.console import Console
 
-START_S = 1800.0
-RUN_S = 3600.0
+from . import e2e_table, vllm_engine
+from .e2e_table import Results, Sample
+from .engines import EngineError, Engines, Serve
+from .environment import environment, num_gpus
+from .harness import Report
+
+SYSTEMS = ("dp", "tp", "sidp", "sidp-was", "sidp-cas")
+WARM_UP_TOKENS = 16
+_GRACE_S = 15.0
 
 
-def main() -> None:
-    """The command."""
-    options = _options()
-    command = " ".join(["python -m bench.e2e_vllm", *sys.argv[1:]])
+def main(arguments: Sequence[str] | None = None, serve: Serve = vllm_engine.serve) -> int:
+    """The command. ``serve``: runs in an engine's process."""
+    options = parse(arguments)
+    command = " ".join(["python -m bench.e2e_vllm", *(sys.argv[1:] if arguments is None else arguments)])
     report = Report(command, options.backend, Path(options.model).name, environment())
-    for system in options.systems.split(","):
-        report.figures += measure(system, options)
-    from rich.console import Console
+    results, console = Results(options), Console(width=None if sys.stdout.isatty() else 200)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that engines are ended
 
-    render(report.figures, Console())
-    if options.json is not None:
-        report.write(options.json)
+    def save() -> None:
+        report.figures, report.ranks = results.figures(), {"e2e_vllm": results.run()}
+        if options.json is not None:
+            report.write(options.json)
+
+    with contextlib.ExitStack() as stack:
+        logs = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sidp-e2e-")))
+        for number in range(options.rounds):
+            for system in order(options.systems, number):
+                if system in results.failed:
+                    continue
+                try:
+                    _measure(system, options, results, serve, logs / f"{system}-{number}", save)
+                except EngineError as error:
+                    results.failed[system] = str(error)
+                    console.print(f"{system}: {error}", markup=False, highlight=False)
+                save()
+    e2e_table.render(results, console)
+    return 1 if report.failures else 0
 
 
-def _options() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with what follows from others filled in. Wrong ones end the program (exit code 2)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--systems", default="dp,tp,sidp", help="of dp, tp, sidp (auto), sidp-was, sidp-cas")
+    parser.add_argument("--systems", default="dp,tp,sidp", help=f"of {', '.join(SYSTEMS)}; sidp: mode auto")
     parser.add_argument("--replicas", type=int, default=2, help="engines of dp and sidp, GPUs of tp")
-    parser.add_argument("--workloads", default="1024:128:512", help="in:out:prompts[:long out for 5 %% of them],...")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workloads", help="in:out:prompts[:long out for 5 %% of them],... [1024:128:512]")
+    parser.add_argument("--repeats", type=int, help="samples of a workload each time that a system is started [3]")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each system is started, in rotated order")
     parser.add_argument("--backend", default="host", help="sidp's: host or nvshmem")
     parser.add_argument("--weights", default="checkpoint", choices=("checkpoint", "dummy"))
-    parser.add_argument("--sidp", default="{}", help="more settings of the pool, a JSON object")
-    parser.add_argument("--engine", default="{}", help="arguments of vllm.LLM for all, a JSON object")
+    parser.add_argument("--sidp", type=_object, default={}, help="more settings of the pool, a JSON object")
+    parser.add_argument("--engine", type=_object, default={}, help="arguments of vllm.LLM for all, a JSON object")
+    parser.add_argument("--quick", action="store_true", help="does it run? Few prompts and little memory, no figure")
+    parser.add_argument("--limit", type=float, default=7200, help="seconds of the whole run; what is left then fails")
+    parser.add_argument("--answer-limit", type=float, default=1800, help="seconds of a start, or of one sample")
+    parser.add_argument("--logs", type=Path, help="folder for the engines' output; by default it is not kept")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.systems = options.systems.split(",")
+    if unknown := [system for system in options.systems if system not in SYSTEMS]:
+        parser.error(f"there is no system {', '.join(unknown)}; there are: {', '.join(SYSTEMS)}")
+    if len(set(options.systems)) < len(options.systems):
+        parser.error("a system is named twice")
+    if "mode" in options.sidp and any(system.startswith("sidp-") for system in options.systems):
+        parser.error("--sidp gives a mode, and a system of --systems another")
+    options.workloads = (options.workloads or ("64:16:8" if options.quick else "1024:128:512")).split(",")
+    if wrong := [w for w in options.workloads if not 3 <= len(p := w.split(":")) <= 4 or not all(map(_positive, p))]:
+        parser.error(f"{', '.join(wrong)}: a workload is in:out:prompts or in:out:prompts:long, whole numbers above 0")
+    options.repeats = options.repeats or (2 if options.quick else 3)
+    options.gpus = min(num_gpus(), options.replicas)
+    options.begun = time.monotonic()
+    if options.quick:
+        share = options.gpus / options.replicas if options.gpus else 1.0
+        little = {
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 16,
+            "kv_cache_memory_bytes": (2 << 30) if options.gpus else (256 << 20),
+            "gpu_memory_utilization": 0.85 * share,
+        }
+        options.engine = {**little, **options.engine}
+    return options
 
 
-def measure(system: str, options: argparse.Namespace) -> list[Figure]:
-    """Starts the system's engines, runs the workloads, ends them."""
-    engines = 1 if system == "tp" else options.replicas
-    vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    links, processes = [], []
-    start = time.perf_counter()
-    try:
-        for rank in range(engines):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, system, rank, port, vars(options)))
-            process.start()
-            theirs.close()
-            links.append(mine)
-            processes.append(process)
-        ready = [_answer(link, START_S) for link in links]
-        figures = [
-            _figure(system, "start", "s", [time.perf_counter() - start], False),
-            _figure(system, "kv_of_an_engine", "tokens", [r["kv_tokens"] for r in ready], True),
-        ]
-        for workload in options.workloads.split(","):
-            samples = [_run(links, workload, repeat, vocabulary) for repeat in range(options.repeats)]
-            figures.append(_figure(system, "throughput", "tokens/s", samples, True, workload=workload))
-        for link in links:
-            link.send(("close",))
-        for rank, link in enumerate(links):
-            moved = _answer(link, START_S)
-            if system.startswith("sidp"):
-                figures.append(_figure(system, "copied", "bytes", [moved], None, rank=rank))
-        return figures
-    finally:
-        for process in processes:
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-
-
-def _figure(
-    system: str, metric: str, unit: str, samples: list[float], higher_is_better: bool | None, **parameters: int | str
-) -> Figure:
-    subject = OWN if system == "sidp" else system.replace("-", "_")
-    return Figure("e2e_vllm", metric, subject, unit, parameters, tuple(samples), higher_is_better)
-
-
-def _run(links: list[Any], workload: str, repeat: int, vocabulary: int) -> float:
-    """New tokens a second of all engines together, from the first prompt to the last answer."""
-    length, short, count, *long = (int(part) for part in workload.split(":"))
-    dice = random.Random(f"{workload} {repeat}")
-    requests = [
-        ([dice.randrange(vocabulary) for _ in range(length)], long[0] if long and dice.random() < 0.05 else short)
-        for _ in range(count)
-    ]
-    start = time.perf_counter()
-    for rank, link in enumerate(links):
-        link.send(("run", requests[rank :: len(links)]))
-    for link in links:
-        _answer(link, RUN_S)
-    return sum(new for _, new in requests) / (time.perf_counter() - start)
-
-
-def _answer(link: Any, limit_s: float) -> Any:
-    if not link.poll(limit_s):
-        raise TimeoutError(f"an engine gave no answer for {limit_s:.0f} s")
-    kind, value = link.recv()
-    if kind == "error":
-        raise RuntimeError(f"an engine failed: {value}")
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
     return value
 
 
-def serve(link: Connection, system: str, rank: int, port: int, options: dict[str, Any]) -> None:
-    """An engine's process."""
+def _positive(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
+def order(systems: Sequence[str], number: int) -> list[str]:
+    """Of round ``number``: as they were given, rotated, so that each is first, second ... equally often."""
+    turn = number % len(systems)
+    return [*systems[turn:], *systems[:turn]]
+
+
+def engine_settings(system: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each engine of the system, what ``serve`` is told."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mode = {"mode": system.partition("-")[2] or "auto"}
+    pool = {"world_size": options.replicas, "backend": options.backend, "weights": options.weights, **mode}
+    common = {name: getattr(options, name) for name in ("model", "replicas", "weights", "engine", "gpus")}
+    common |= {"system": system, "port": port, "pool": {**pool, **options.sidp}}
+    return [{**common, "rank": rank} for rank in range(1 if system == "tp" else options.replicas)]
+
+
+def _measure(system: str, options: argparse.Namespace, results: Results, serve: Serve, logs: Path, save: Any) -> None:
+    """Starts the system's engines, runs the workloads, ends them. Results are added as they come."""
+    if system == "tp" and 0 < options.gpus < options.replicas:
+        results.unavailable[system] = f"NCCL takes no two ranks on one GPU, and there are {options.gpus}"
+        return
+
+    def limit() -> float:
+        left: float = options.begun + options.limit - time.monotonic()
+        if left <= 0:
+            raise EngineError(f"not begun: {options.limit:.0f} s were spent")
+        return min(float(options.answer_limit), left)
+
+    first_limit = limit()
+    start = time.monotonic()
+    results.order.append(system)
+    vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
+    engines = Engines(serve, engine_settings(system, options), logs)
+    grace_s = 0.0  # of engines that failed, or stand beside one that did
     try:
-        _serve(link, system, rank, port, options)
-    except Exception as error:
-        link.send(("error", f"{type(error).__name__}: {error}"))
+        ready = engines.answers(first_limit)
+        results.started(system, time.monotonic() - start, [answer["kv_tokens"] for answer in ready])
+        for workload in options.workloads:
+            _sample(engines, len(ready), warm_up(requests(workload, -1, vocabulary), len(ready)), limit())
+            for repeat in range(options.repeats):
+                asked = requests(workload, repeat, vocabulary)
+                sample = _sample(engines, len(ready), asked, limit())
+                results.sampled(system, workload, sample)
+                save()
+        engines.ask([("close",)] * len(ready), limit())
+        grace_s = _GRACE_S
+    finally:
+        engines.end(grace_s)
 
 
-def _serve(link: Connection, system: str, rank: int, port: int, options: dict[str, Any]) -> None:
-    replicas = options["replicas"]
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(replicas)))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[rank:] + gpus[:rank])  # an engine takes the first it sees
-    from vllm import LLM, SamplingParams
+Request = tuple[list[int], int]  # prompt, new tokens
 
-    from sidp_runtime.integrations.vllm import engine_arguments
 
-    arguments: dict[str, Any] = {
-        "enable_prefix_caching": False,
-        "skip_tokenizer_init": not (Path(options["model"]) / "tokenizer_config.json").exists(),
-        "load_format": "dummy" if options["weights"] == "dummy" else "auto",
-        **({"tensor_parallel_size": replicas} if system == "tp" else {}),
-        **json.loads(options["engine"]),
-    }
-    if system.startswith("sidp"):
-        pool = engine_arguments(
-            rank=rank,
-            store=f"127.0.0.1:{port}",
-            world_size=replicas,
-            backend=options["backend"],
-            mode=system.partition("-")[2] or "auto",
-            weights=options["weights"],
-            **json.loads(options["sidp"]),
-        )
-        graphs = {**arguments.get("compilation_config", {}), **pool.pop("compilation_config", {})}
-        arguments |= {**pool, **({"compilation_config": graphs} if graphs else {})}
-    llm = LLM(model=options["model"], disable_log_stats=True, **arguments)
-    cache = llm.llm_engine.vllm_config.cache_config
-    link.send(("ready", {"kv_tokens": cache.num_gpu_blocks * cache.block_size}))
-    while True:
-        kind, *values = link.recv()
-        if kind == "close":
-            break
-        prompts = [{"prompt_token_ids": ids} for ids, _ in values[0]]
-        params = [
-            SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False) for _, new in values[0]
-        ]
-        llm.generate(prompts, params, use_tqdm=False)
-        link.send(("done", None))
-    moved = 0
-    if system.startswith("sidp"):
-        moved = sum(llm.collective_rpc("sidp_stats")[0]["bytes_by_peer"])
-        llm.collective_rpc("sidp_close")
-    link.send(("closed", moved))
+def requests(workload: str, repeat: int, vocabulary: int) -> list[Request]:
+    """Of one sample: random prompts, the same for every system."""
+    length, short, count, *long = (int(part) for part in workload.split(":"))
+    dice = random.Random(f"{workload} {repeat}")
+    return [
+        ([dice.randrange(vocabulary) for _ in range(length)], long[0] if long and dice.random() < 0.05 else short)
+        for _ in range(count)
+    ]
+
+
+def warm_up(asked: list[Request], engines: int) -> list[Request]:
+    """A quarter of the prompts, one for each engine at least, with few new tokens."""
+    return [(ids, min(new, WARM_UP_TOKENS)) for ids, new in asked[: max(engines, len(asked) // 4)]]
+
+
+def _sample(engines: Engines, count: int, asked: list[Request], limit_s: float) -> Sample:
+    """Deals the requests out and has all engines start at once. ``EngineError`` if one made fewer tokens than asked."""
+    dealt = [asked[rank::count] for rank in range(count)]
+    engines.ask([("load", part) for part in dealt], limit_s)
+    answers = engines.ask([("go",)] * count, limit_s)
+    for rank, (part, answer) in enumerate(zip(dealt, answers, strict=True)):
+        wanted = [new for _, new in part]
+        if answer["tokens"] != wanted:
+            raise EngineError(
+                f"engine {rank} made {sum(answer['tokens'])} tokens of {sum(wanted)}: is max_model_len below in + out?"
+            )
+    return Sample(answers)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

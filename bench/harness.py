@@ -158,7 +158,9 @@ class Report:
             "timeline": self.timeline,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        part = path.with_name(f"{path.name}.part")  # a run that is cut off leaves the last whole file
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -204,6 +206,12 @@ def render(figures: Iterable[Figure], console: Console) -> None:
                 *(_cell(found.get(subject)) for subject in subjects),
             )
         console.print(table)
+    render_notes(figures, console)
+
+
+def render_notes(figures: Iterable[Figure], console: Console) -> None:
+    """Why rows are missing, and which bars are met."""
+    figures = list(figures)
     notes = {(f.case, f.subject, f.status, f.reason) for f in figures if f.status != "measured"}
     for case, subject, status, reason in sorted(notes):
         console.print(f"{case}: {subject}: {status}: {reason}", markup=False, highlight=False)

@@ -1,0 +1,114 @@
+"""``bench.e2e_vllm`` with engines that fail in every way: what is kept, what is said, and what is left running."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import fake_engine
+
+from bench import e2e_vllm
+from bench.harness import Report
+
+WORKLOAD = "4:8:4"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    return tmp_path
+
+
+def run(model: Path, systems: str, *more: str, **engine: Any) -> tuple[int, Report, dict[str, Any]]:
+    """Exit code, report, and how it ran. No process is left."""
+    engine["children"] = str(model / "children")
+    words = ["--model", str(model), "--systems", systems, "--workloads", WORKLOAD, "--engine", json.dumps(engine)]
+    code = e2e_vllm.main([*words, "--json", str(model / "out.json"), *more], serve=fake_engine.serve)
+    report = Report.read(model / "out.json")
+    started = [int(line) for line in (model / "children").read_text().split()]
+    alive = [pid for pid in started if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert alive == []
+    return code, report, report.ranks["e2e_vllm"]
+
+
+def rows(report: Report) -> dict[str, Any]:
+    return {figure.key: figure for figure in report.figures}
+
+
+def test_systems_take_turns_and_a_loss_has_its_cause(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"dp": 10, "tp": 2.5, "sidp": 5}
+    code, report, ran = run(model, "dp,tp,sidp", "--rounds", "2", "--repeats", "1", rate=rates)
+    assert code == 0
+    assert ran["order"] == ["dp", "tp", "sidp", "tp", "sidp", "dp"]
+    found = rows(report)
+    where = f"workload={WORKLOAD}"
+    assert len(found[f"e2e_vllm/throughput/sidp {where}"].samples) == 2
+    assert found["e2e_vllm/kv_of_an_engine/sidp"].samples == (1600,) * 4
+    assert found[f"e2e_vllm/over_dp/sidp {where}"].median == pytest.approx(0.5, rel=0.1)
+    assert found[f"e2e_vllm/over_tp/sidp {where}"].median == pytest.approx(4, rel=0.1)  # one engine has all prompts
+    assert found[f"e2e_vllm/copied/sidp {where}"].median == 2  # GB of both engines
+    (cause,) = ran["causes"][WORKLOAD]
+    assert "SiDP < DP: steps 2.00 x as long, 1.00 x the tokens a step, 1.60 x the KV tokens an engine" in cause
+    text = " ".join(capsys.readouterr().out.split())
+    assert "SiDP/DP" in text
+    assert "SiDP/TP" in text
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("start", "engine 0: ValueError: no memory; its log: CudaError: the first cause"),
+        ("exit", "engine 0 ended with exit code 7"),
+        ("short", "engine 0 made 7 tokens of 8: is max_model_len below in [+] out"),
+    ],
+)
+def test_a_system_that_fails_is_a_row_and_the_others_go_on(model: Path, how: str, words: str) -> None:
+    rounds = "2" if how == "start" else "1"
+    code, report, ran = run(model, "sidp,dp", "--rounds", rounds, "--repeats", "2", fail={"sidp": how})
+    assert code == 1
+    found = rows(report)
+    assert found["e2e_vllm/run/sidp"].status == "error"
+    assert re.search(words, found["e2e_vllm/run/sidp"].reason)
+    assert len(found[f"e2e_vllm/throughput/dp workload={WORKLOAD}"].samples) == 2 * int(rounds)
+    kept = found.get(f"e2e_vllm/throughput/sidp workload={WORKLOAD}")
+    assert len(kept.samples if kept else ()) == (1 if how == "exit" else 0)
+    assert ran["order"] == ["sidp", "dp", "dp"][: 1 + int(rounds)]  # it is not tried again
+
+
+def test_a_system_that_hangs_ends_and_what_was_not_begun_is_named(model: Path) -> None:
+    begin = time.monotonic()
+    code, report, _ = run(model, "sidp,dp", "--limit", "4", fail={"sidp": "hang"})
+    assert time.monotonic() - begin < 15
+    assert code == 1
+    sidp, dp = report.failures
+    assert sidp.reason.startswith("no answer of engines [0] in ")
+    assert dp.reason == "not begun: 4 s were spent"
+    assert len(rows(report)[f"e2e_vllm/throughput/sidp workload={WORKLOAD}"].samples) == 1
+
+
+def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, text in (
+        (("--systems", "dp,ep"), "there is no system ep"),
+        (("--systems", "sidp-was", "--sidp", '{"mode": "cas"}'), "--sidp gives a mode"),
+        (("--workloads", "1024:128"), "a workload is in:out:prompts"),
+        (("--engine", "[]"), "no JSON object"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            e2e_vllm.parse(["--model", str(model), *words])
+        assert caught.value.code == 2
+        assert text in capsys.readouterr().err
+
+
+def test_a_mode_may_stand_among_the_settings_of_the_pool(model: Path) -> None:
+    options = e2e_vllm.parse(["--model", str(model), "--sidp", '{"mode": "cas", "ring_slots": 3}'])
+    first, second = e2e_vllm.engine_settings("sidp", options)
+    assert (first["rank"], second["rank"], first["port"]) == (0, 1, second["port"])
+    assert first["pool"]["mode"] == "cas"
+    assert first["pool"]["ring_slots"] == 3
+    options = e2e_vllm.parse(["--model", str(model), "--systems", "sidp-was"])
+    assert e2e_vllm.engine_settings("sidp-was", options)[0]["pool"]["mode"] == "was"
