@@ -5,12 +5,13 @@ Each rank's bytes of the link hold what it sends, then room for what it gets, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from .layers import captured_call
 from .link import Link
 from .peers import checked, current_stream
 from .rank import IDLE, RankContext, Sample, Subject, Unavailable, WrongDataError
@@ -61,30 +62,53 @@ def round_trips(
     size: int,
     make: Callable[[RankContext, Link, int], tuple[Exchange, Wait]],
     counter: list[int],
+    graph_trips: int = 0,
 ) -> Subject:
-    """Rank 0 sends its bytes, rank 1 sends back what it got. ``counter``: values below it have been used."""
+    """Rank 0 sends its bytes, rank 1 sends back what it got. ``counter``: values below it have been used.
+
+    Each call is made from Python, or so many trips (two or more) are captured in a CUDA graph that is replayed.
+    """
     counter[0] += _VALUES  # of this subject alone: another one that broke off on one rank does not shift them
     value = counter[0]
 
-    def prepare() -> tuple[Sample, int]:
+    def trips(values: Iterable[int], ends: tuple[Exchange, Wait] | None = None) -> None:
+        send, wait = ends or make(context, link, size)  # on the current stream: in a capture it is another one
+        for number in values:
+            if context.rank == 0:
+                send(0, number)
+                wait(number)
+            else:
+                wait(number)
+                send(size, number)
+
+    def verified(call: Callable[[], object]) -> None:
+        if context.rank == 0:
+            link.own[size : 2 * size].zero_()
+        call()
+        context.synchronize()
+        if context.rank == 0 and not torch.equal(link.own[size : 2 * size], link.own[:size]):
+            raise WrongDataError(f"{size} bytes did not come back as they were sent")
+
+    def prepare() -> tuple[Sample, int]:  # both ranks do the same number of trips, as they need each other's
         if context.rank > 1:
             return IDLE
-        send, wait = make(context, link, size)
+        ends = make(context, link, size)
 
         def trip() -> None:
             nonlocal value
             value += 1
-            if context.rank == 0:
-                send(0, value)
-                wait(value)
-            else:
-                wait(value)
-                send(size, value)
+            trips([value], ends)
 
-        trip()
-        context.synchronize()
-        if context.rank == 0 and not torch.equal(link.own[size : 2 * size], link.own[:size]):
-            raise WrongDataError(f"{size} bytes did not come back as they were sent")
-        return (lambda n: context.time(trip, n, warm=2)), 100  # the same on both ranks, which need each other's trips
+        verified(trip)
+        if not graph_trips:
+            return (lambda n: context.time(trip, n, warm=2)), 100
+        # A replay begins with a value that its last trip did not leave, so that its waits hold from the first one on.
+        replay = captured_call(context, lambda: trips(range(1, graph_trips + 1)))
+
+        def sample(n: int) -> float:
+            verified(replay)  # not before: had the other rank failed to capture, its trips would never come
+            return context.time(replay, n, warm=2) / graph_trips
+
+        return sample, max(1, 100 // graph_trips)
 
     return prepare

@@ -24,7 +24,7 @@ CASES = (
          every_gpu=True),
     Case("fetch", "whole layers through the ring, beside every other way to move the bytes", _BYTES, _COPY_PEERS),
     Case("put_signal", "one-sided rows and flag, there and back, by size", "what comes back is compared",
-         ("nvshmem_put_signal", "memcpy_write_value")),
+         ("nvshmem_put_signal", "memcpy_write_value"), deadline_s=150),
     Case("remote_compute", "a product at the layer's owner, over the same product here, by rows", _LAYERS),
     Case("step_time", "steps over tokens: WaS, CaS, all layers here, and the floor", _LAYERS,
          ("all_local", "pinned_offload", "tensor_parallel"), deadline_s=240),

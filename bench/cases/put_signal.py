@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -86,15 +87,20 @@ def _one_size(context: RankContext, replica: Replica, link: Link, size: int, cou
         subjects["sidp_graph"] = trips(True)
         for make in (nvshmem_put_signal, memcpy_write_value):
             subjects[make.__name__] = round_trips(context, link, size, make, counter)
+            subjects[f"{make.__name__}_graph"] = round_trips(context, link, size, make, counter, TRIPS)
     samples = context.contest(subjects)
     parameters = {"bytes": size}
     context.record(samples, "round_trip", "us", lambda s: s * 1e6, higher_is_better=False, parameters=parameters)
     context.record(
         samples, "bandwidth", "GB/s", lambda s: 2 * size / s / 1e9, higher_is_better=True, parameters=parameters
     )
-    if "sidp_graph" in samples.seconds and nvshmem_put_signal.__name__ in samples.seconds:
-        ratio = pairwise(samples.seconds[nvshmem_put_signal.__name__], samples.seconds["sidp_graph"])
-        bar = Bar(2.0, at_least=True, gpus=2) if size <= BAR_BYTES else None
-        context.figure(
-            "over_nvshmem", "sidp_graph", "x", parameters=parameters, samples=ratio, higher_is_better=True, bar=bar
-        )
+    for form in ("", "_graph") if context.on_gpu else ():  # like with like: from Python, or captured
+        own, peer = f"sidp{form}", f"{nvshmem_put_signal.__name__}{form}"
+        row: dict[str, Any] = {"parameters": parameters, "higher_is_better": True}
+        if own in samples.seconds and peer in samples.seconds:
+            row["samples"] = pairwise(samples.seconds[peer], samples.seconds[own])
+            row["bar"] = Bar(2.0, at_least=True, gpus=2) if form and size <= BAR_BYTES else None
+        else:
+            status, reason = samples.missing.get(own) or samples.missing[peer]
+            row |= {"status": status, "reason": reason}
+        context.figure("over_nvshmem", own, "x", **row)
