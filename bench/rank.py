@@ -33,6 +33,10 @@ class WrongDataError(Exception):
     """A copy or a result differs from what it must be: its speed means nothing."""
 
 
+class DilutedSampleError(Exception):
+    """What a sample was to be taken beside had ended before it: the figure would be too good."""
+
+
 @dataclass
 class Samples:
     """Of each subject: seconds of one iteration by repeat (the slowest rank's), or why there are none."""
@@ -65,7 +69,7 @@ def _attempt(name: str, call: Callable[[], Any]) -> dict[str, Any]:
         return {"status": "unavailable", "reason": str(why)}
     except Exception as error:
         traceback.print_exc()
-        own = name.startswith(OWN) or isinstance(error, WrongDataError)
+        own = name.startswith(OWN) or isinstance(error, (WrongDataError, DilutedSampleError))
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return {"status": "error" if own else "unavailable", "reason": text}
 

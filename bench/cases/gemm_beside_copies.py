@@ -12,8 +12,10 @@ from ..harness import pairwise
 from ..layers import Replica, open_replica
 from ..link import Link, open_link
 from ..peers import COPIES, RAW
-from ..rank import RankContext, Sample, Subject, Unavailable
+from ..rank import DilutedSampleError, RankContext, Sample, Subject, Unavailable
 from ..timeline import waits_and_compute
+
+TRIES = 3  # each with twice the copies
 
 
 def run(context: RankContext) -> None:
@@ -59,12 +61,24 @@ def _products(context: RankContext, replica: Replica, link: Link, count: int) ->
         _, most = context.sampled(products, sample_s, spin=True)
 
         def sample(n: int) -> float:
-            with torch.cuda.stream(lane):  # the lane is busy for as long as the products can take
-                for _ in range(2 + int(3 * sample_s / copy_s)):
+            copies = 2 + int(3 * sample_s / copy_s)
+            for _ in range(TRIES):
+                copying, copied = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+                with torch.cuda.stream(lane):
                     copy()
-            seconds = context.time_on_busy_device(products, n)
-            context.synchronize()
-            return seconds
+                    copying.record()
+                    for _ in range(copies):
+                        copy()
+                    copied.record()
+                copying.wait()  # no product begins before the lane does
+                seconds = context.time_on_busy_device(products, n)
+                # The last product has ended: were there copies until then?
+                busy = not copied.query()  # type: ignore[no-untyped-call]
+                context.synchronize()
+                if busy:
+                    return seconds
+                copies *= 2
+            raise DilutedSampleError(f"{copies // 2} copies ended before {n * len(weights)} products of {count} rows")
 
         return with_clock("beside_copies", sample, most)
 

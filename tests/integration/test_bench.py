@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import bench.rank
 import bench.runner
 import bench.scale
 from bench.cases import CASES
@@ -122,6 +123,15 @@ def test_wrong_data_are_an_error_and_no_figure(monkeypatch: pytest.MonkeyPatch) 
     (row,) = run_own(monkeypatch, "wrong_data").figures
     assert (row.status, row.samples, row.passed) == ("error", (), False)
     assert "did not arrive" in row.reason
+
+
+def test_what_makes_a_figure_mean_nothing_is_an_error_of_peers_too() -> None:
+    def fail(error: Exception) -> dict[str, Any]:
+        return bench.rank._attempt("some_peer", lambda: (_ for _ in ()).throw(error))
+
+    assert fail(bench.rank.DilutedSampleError("the copies had ended"))["status"] == "error"
+    assert fail(bench.rank.WrongDataError("other bytes"))["status"] == "error"
+    assert fail(RuntimeError("it does not run here"))["status"] == "unavailable"
 
 
 def test_a_case_that_hangs_is_killed_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
