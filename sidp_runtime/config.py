@@ -45,6 +45,7 @@ _TABLE = (
     Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "vLLM's engine in a process of its own (vLLM reads it)", "switch", "0"),
     Setting("VLLM_CPU_OMP_THREADS_BIND", "cores of vLLM's threads on a CPU (vLLM reads it)", "mode", "nobind"),
     Setting("VLLM_LOGGING_LEVEL", "least level of vLLM's log (vLLM reads it)", "level", "ERROR"),
+    Setting("SIDP_BENCH_COMMIT", "the commit of a benchmark's copy without its git history", "hexadecimal", None),
     Setting("NVSHMEM_DISABLE_NVLS", "1: NVSHMEM uses no NVLink multicast (NVSHMEM reads it)", "switch", "0"),
 )
 
@@ -161,6 +162,14 @@ def put_own_gpu_first(rank: int, world_size: int) -> None:
     if len(gpus) < world_size or not all(gpus):
         raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible!r} names {len(gpus)} GPUs for {world_size} engines")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[rank:] + gpus[:rank])
+
+
+def bench_commit() -> str | None:
+    """``SIDP_BENCH_COMMIT``: what a benchmark notes as its commit (``-dirty``: with changes) instead of git's."""
+    text = os.environ.get("SIDP_BENCH_COMMIT")
+    if text is not None and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", text):
+        raise ConfigError(f"environment variable SIDP_BENCH_COMMIT={text!r} is not a commit, 7 to 40 of 0-9a-f[-dirty]")
+    return text
 
 
 def check_nvshmem() -> None:

@@ -15,6 +15,7 @@ import bench.runner
 import bench.scale
 from bench.cases import CASES
 from bench.compare import compare
+from bench.environment import environment
 from bench.harness import Bar, Case, Figure, Report
 from bench.scale import SCALE_CASES, worlds
 from sidp_runtime.cli import app
@@ -55,6 +56,8 @@ def test_a_run_has_samples_of_every_repeat_beside_its_peers(results: Path) -> No
     assert document["machine"]["processor"]
     assert document["versions"]["torch"]
     assert document["commit"]
+    assert isinstance(document["dirty"], bool)
+    assert set(document["versions"]) >= {"driver", "cuda_of_driver", "cuda_of_build", "cuda_of_torch", "nvshmem"}
     assert document["cases"]["fetch"] | {"seconds": 0} == {
         "world_size": 2,
         "gpus": 0,
@@ -62,6 +65,17 @@ def test_a_run_has_samples_of_every_repeat_beside_its_peers(results: Path) -> No
         "seconds": 0,
     }
     assert list(Path("/dev/shm").glob("sidp-bench-*")) == []
+
+
+def test_the_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, commit, dirty in (("0123abc-dirty", "0123abc", True), ("a" * 40, "a" * 40, False)):
+        monkeypatch.setenv("SIDP_BENCH_COMMIT", text)
+        taken = environment()
+        assert (taken["commit"], taken["dirty"]) == (commit, dirty)
+        assert taken["settings"]["SIDP_BENCH_COMMIT"] == text
+    monkeypatch.setenv("SIDP_BENCH_COMMIT", "main")
+    with pytest.raises(ConfigError, match="SIDP_BENCH_COMMIT='main' is not a commit"):
+        environment()
 
 
 def test_plot_writes_pictures(results: Path, tmp_path: Path) -> None:
