@@ -95,6 +95,7 @@ def run(
             shared = f" that SHARE {gpus} GPU" if ran["shared_gpu"] else ""
             console.rule(f"{case.key} ({ran['seconds']:.1f} s, {world_size} ranks{shared})")
             render(report.figures[first:], console)
+    console.print(f"{time.monotonic() - start:.0f} s of {limit_s:.0f}")
     return report
 
 

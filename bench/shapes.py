@@ -58,7 +58,7 @@ _TABLE = (
         layers=16,
         dtype="bfloat16",
         sizes=(64 * _KIB, 256 * _KIB, _MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB, 256 * _MIB, 1024 * _MIB),
-        tokens=(1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+        tokens=(1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096),
         cas_rows=1024,
     ),
     Shape(

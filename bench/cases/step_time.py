@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,27 +28,27 @@ def run(context: RankContext) -> None:
     tokens = context.shape.step_tokens(context.quick)
     buckets = tuple(count for count in tokens if count <= context.shape.cas_rows)
     with open_replica(context, buckets=buckets) as replica:
-        link_s = _link_seconds(context, replica)
+        link = _link(context, replica)
         replica.verify()
         offload = EventRing.from_pinned(replica)
         for count in tokens:
-            _one_count(context, replica, count, link_s, offload)
+            _one_count(context, replica, count, link, offload)
         if context.on_gpu:
             record_timeline(replica, tokens[len(tokens) // 2])
 
 
-def _link_seconds(context: RankContext, replica: Replica) -> list[float]:
+def _link(context: RankContext, replica: Replica) -> Samples:
     """Of one layer's bytes by the raw copy, all ranks at once: as the step has them."""
     size, name = replica.layer_bytes, RAW[context.backend]
-    with open_link(context, size) as link:
+    with open_link(context, size) as ends:
         everyone = set(range(context.world_size))
-        subject = transfer(context, link, name, context.peer, size, everyone, 0.02 if context.quick else 0.1)
+        subject = transfer(context, ends, name, context.peer, size, everyone, 0.02 if context.quick else 0.1)
         samples = context.contest({name: subject})
     context.record(samples, "link", "GB/s", lambda s: size / s / 1e9, higher_is_better=True)
-    return samples.seconds.get(name, [])
+    return samples
 
 
-def _one_count(context: RankContext, replica: Replica, count: int, link_s: list[float], offload: EventRing) -> None:
+def _one_count(context: RankContext, replica: Replica, count: int, link: Samples, offload: EventRing) -> None:
     x = replica.rows(count)
     sample_s = 0.05 if context.quick else 0.12
 
@@ -73,26 +74,33 @@ def _one_count(context: RankContext, replica: Replica, count: int, link_s: list[
     replica.runtime.check()
     parameters = {"tokens": count}
     context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)
-    _ratios(context, samples, count, [s * len(replica.streamed) for s in link_s])
+    _ratios(context, samples, count, link, len(replica.streamed))
 
 
-def _ratios(context: RankContext, samples: Samples, count: int, floor: list[float]) -> None:
-    parameters = {"tokens": count}
-    for suffix in ("", "_graph"):
-        local = samples.seconds.get(f"all_local{suffix}")
-        if local is None:
-            continue
-        was, cas = (samples.seconds.get(f"sidp_{mode}{suffix}") for mode in ("was", "cas"))
+def _ratios(context: RankContext, samples: Samples, count: int, link: Samples, streamed: int) -> None:
+    """What the bars hold, eager and captured; where a side is missing the row says why."""
+    parameters, raw = {"tokens": count}, RAW[context.backend]
+
+    def over(metric: str, own: str, other: str, under: Sequence[float], bar: Bar | None) -> None:
+        row: dict[str, Any] = {"parameters": parameters, "higher_is_better": False}
+        if own in samples.seconds and under:
+            row |= {"samples": pairwise(samples.seconds[own], under), "bar": bar}
+        else:
+            missing = samples.missing
+            status, reason = missing.get(own) or missing.get(other) or link.missing[raw]
+            row |= {"status": status, "reason": reason}
+        context.figure(metric, own, "x", **row)
+
+    for form in ("", "_graph") if context.on_gpu else ("",):
+        local = samples.seconds.get(f"all_local{form}", [])
+        floor = [max(here, streamed * s) for here, s in zip(local, link.seconds.get(raw, []), strict=False)]
         if floor:
-            best = [max(pair) for pair in zip(local, floor, strict=True)]
-            context.figure("floor", f"floor{suffix}", "ms", parameters=parameters, samples=tuple(s * 1e3 for s in best))
-            if was is not None:
-                context.figure("over_floor", f"sidp_was{suffix}", "x", parameters=parameters, higher_is_better=False,
-                               samples=pairwise(was, best), bar=WAS_BAR)  # fmt: skip
-        if cas is not None:
-            context.figure("over_local", f"sidp_cas{suffix}", "x", parameters=parameters, higher_is_better=False,
-                           samples=pairwise(cas, local),
-                           bar=CAS_BAR if count <= CAS_BAR_TOKENS else None)  # fmt: skip
+            milliseconds = tuple(s * 1e3 for s in floor)
+            context.figure("floor", f"floor{form}", "ms", parameters=parameters, samples=milliseconds)
+        over("over_floor", f"sidp_was{form}", f"all_local{form}", floor, WAS_BAR)
+        if f"sidp_cas{form}" in {*samples.seconds, *samples.missing}:
+            bar = CAS_BAR if count <= CAS_BAR_TOKENS else None
+            over("over_local", f"sidp_cas{form}", f"all_local{form}", local, bar)
 
 
 def _tensor_parallel(replica: Replica, count: int) -> Callable[[], object]:
