@@ -48,11 +48,23 @@ def register_plain_loader() -> None:
     register_model_loader("plain")(PlainLoader)
 
 
-def _serve(connection: Connection, model: str, pool: dict[str, Any] | None, more: dict[str, Any], log: str) -> None:
+def _serve(
+    connection: Connection,
+    model: str,
+    pool: dict[str, Any] | None,
+    more: dict[str, Any],
+    log: str,
+    environment: dict[str, str],
+) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_NO_USAGE_STATS="1",
+        **environment,
+    )
     try:
         import torch
         from vllm import LLM, SamplingParams
@@ -65,7 +77,8 @@ def _serve(connection: Connection, model: str, pool: dict[str, Any] | None, more
             from sidp_runtime.integrations.vllm import engine_arguments
 
             chosen = engine_arguments(**pool)
-        llm = LLM(model=model, skip_tokenizer_init=True, disable_log_stats=True, **COMMON, **more, **chosen)
+        given = {**COMMON, **more, **chosen}
+        llm = LLM(model=model, skip_tokenizer_init=True, disable_log_stats=True, **given)
         connection.send(("ok", llm.llm_engine.vllm_config.cache_config.num_gpu_blocks))
         while True:
             call, *arguments = connection.recv()
@@ -85,10 +98,19 @@ def _serve(connection: Connection, model: str, pool: dict[str, Any] | None, more
 class EngineProcess:
     """One engine. ``pool``: arguments of ``engine_arguments``; None: plain vLLM. Calls go out before answers come."""
 
-    def __init__(self, model: str, log: str, pool: dict[str, Any] | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        log: str,
+        pool: dict[str, Any] | None = None,
+        *,
+        environment: dict[str, str] | None = None,
+        **more: Any,
+    ) -> None:
         self._log = log
         self._connection, theirs = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(theirs, model, pool, more, log), daemon=True)
+        arguments = (theirs, model, pool, more, log, environment or {})
+        self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 

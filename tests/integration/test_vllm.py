@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs these tests where it is")
 
+from helpers import static_graphs
 from helpers.vllm_engine import COMMON, EngineProcess
 from helpers.vllm_model import save_real_model
 
@@ -71,40 +72,40 @@ class Pair:
             engine.ask("sidp_pin_mode", mode)
 
 
-@pytest.fixture(scope="module")
-def pair(model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder, token = tmp_path_factory.mktemp("engines"), secrets.token_hex(16)
+@contextlib.contextmanager
+def engines_of(model: Path, folder: Path, **more: Any) -> Iterator[list[EngineProcess]]:
+    """Two engines with a pool, still starting."""
+    token = secrets.token_hex(16)
     store, host, port = _torch.make_store_server()
     assert store is not None
-    loads = (prompts, prompts[-2:])
+    own = {"serve_store": False, "token": token, "setup_ms": 100_000, "deadline_ms": 10_000}
     with contextlib.ExitStack() as stack:
         stack.callback(_C.unlink_segments, token, 2)
-        engines = [
+        yield [
             stack.enter_context(
                 EngineProcess(
                     str(model),
                     str(folder / f"{rank}.log"),
-                    {
-                        "rank": rank,
-                        "store": f"{host}:{port}",
-                        "own": {"serve_store": False, "token": token, "setup_ms": 100_000, "deadline_ms": 10_000},
-                        "world_size": 2,
-                        "max_rows": 64,
-                    },
+                    {"rank": rank, "store": f"{host}:{port}", "own": own, "world_size": 2, "max_rows": 64},
                     kv_cache_memory_bytes=KV_BYTES[rank],
+                    **more,
                 )
             )
             for rank in range(2)
         ]
-        plain = stack.enter_context(
-            EngineProcess(str(model), str(folder / "plain.log"), kv_cache_memory_bytes=KV_BYTES[0])
-        )
-        blocks = [plain.answer(), *(engine.answer() for engine in engines)]
-        expected = []
-        for load in loads:
-            plain.generate(load, NEW_TOKENS)
-            expected.append(plain.answer())
-        plain.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("engines")
+    loads = (prompts, prompts[-2:])
+    with engines_of(model, folder) as engines:
+        with EngineProcess(str(model), str(folder / "plain.log"), kv_cache_memory_bytes=KV_BYTES[0]) as plain:
+            blocks = [plain.answer(), *(engine.answer() for engine in engines)]
+            expected = []
+            for load in loads:
+                plain.generate(load, NEW_TOKENS)
+                expected.append(plain.answer())
         yield Pair(engines, blocks, expected, loads)
 
 
@@ -165,6 +166,24 @@ def test_a_killed_engine_does_not_stop_the_other(pair: Pair) -> None:
     assert sum(stats["requests_by_peer"]) > served
     survivor.ask("sidp_pin_mode", "was")
     assert survivor.ask("generate", pair.loads[0], NEW_TOKENS) == pair.expected[0]
+
+
+def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
+    pair: Pair, model: Path, tmp_path: Path
+) -> None:
+    """As piecewise CUDA graphs need it, in both modes; and the tokens are those of plain vLLM."""
+    more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
+    with engines_of(model, tmp_path, environment=static_graphs.ENVIRONMENT, **more) as engines:
+        graphs = Pair(engines, [engine.answer() for engine in engines], pair.expected, pair.loads)
+        for mode in ("was", "cas"):
+            graphs.pin(mode)
+            graphs.check()
+            assert all(stats["steps"][mode] >= NEW_TOKENS for stats in graphs.stats())
+        for engine in engines:
+            seen = engine.ask(static_graphs.report)
+            assert seen["sidp.vllm_compute"] == 3 * LAYERS
+            assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == LAYERS
+            assert seen["replayed"] > seen["captured"] > 3 * LAYERS
 
 
 def test_job_of_three_engines_outlives_one(pair: Pair, model: Path, prompts: list[list[int]], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,45 +111,21 @@ def test_full_cuda_graphs_are_refused(name: str) -> None:
         compat.check_settings(given)
 
 
-def pool_checked_on(monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, mode: str, graphs: str) -> None:
-    from vllm.config import CUDAGraphMode
+@pytest.mark.parametrize(
+    ("cpu", "backend", "words"),
+    [
+        (True, "host", ""),
+        (False, "nvshmem", ""),
+        (False, "host", "backend 'host' with vLLM on GPUs"),
+        (True, "nvshmem", "backend 'nvshmem' with vLLM on a CPU"),
+    ],
+)
+def test_the_backend_is_the_platforms(monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, words: str) -> None:
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
-    given = plain_settings()
-    given.compilation_config.cudagraph_mode = CUDAGraphMode[graphs]
-    compat.check_pool(given, backend, mode)
-
-
-@pytest.mark.parametrize(
-    ("cpu", "backend", "mode", "graphs"),
-    [
-        (True, "host", "auto", "NONE"),
-        (False, "nvshmem", "was", "PIECEWISE"),
-        (False, "nvshmem", "auto", "NONE"),
-        (False, "nvshmem", "cas", "NONE"),
-    ],
-)
-def test_pools_that_fit_the_platform(
-    monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, mode: str, graphs: str
-) -> None:
-    pool_checked_on(monkeypatch, cpu, backend, mode, graphs)
-
-
-@pytest.mark.parametrize(
-    ("cpu", "backend", "mode", "graphs", "words"),
-    [
-        (False, "host", "was", "NONE", "backend 'host' with vLLM on GPUs"),
-        (True, "nvshmem", "was", "NONE", "backend 'nvshmem' with vLLM on a CPU"),
-        (False, "nvshmem", "auto", "PIECEWISE", "mode 'auto' does not work with CUDA graphs"),
-        (False, "nvshmem", "cas", "PIECEWISE", "mode 'cas' does not work with CUDA graphs"),
-    ],
-)
-def test_pools_that_do_not(
-    monkeypatch: pytest.MonkeyPatch, cpu: bool, backend: str, mode: str, graphs: str, words: str
-) -> None:
-    with pytest.raises(UnsupportedError, match=words):
-        pool_checked_on(monkeypatch, cpu, backend, mode, graphs)
+    with pytest.raises(UnsupportedError, match=words) if words else contextlib.nullcontext():
+        compat.check_backend(backend)
 
 
 class Began:
@@ -187,10 +164,18 @@ def test_piecewise_graphs_end_at_the_operators() -> None:
     for _ in range(2):
         compat.split_graphs_at(given, OPERATORS)
     assert given.compilation_config.splitting_ops == ["vllm::attention", *OPERATORS]
-    for nothing in (None, []):  # nothing is piecewise
-        given.compilation_config.splitting_ops = nothing
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_piecewise_graphs_that_are_not_cut_would_capture_the_operators(nothing: Any) -> None:
+    from vllm.config import CUDAGraphMode
+
+    given = plain_settings()
+    given.compilation_config.splitting_ops = nothing
+    with pytest.raises(UnsupportedError, match="not cut at splitting_ops"):
         compat.split_graphs_at(given, OPERATORS)
-        assert given.compilation_config.splitting_ops == nothing
+    given.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    compat.split_graphs_at(given, OPERATORS)
 
 
 def test_without_an_entry_in_additional_config_the_compile_cache_would_mix() -> None:

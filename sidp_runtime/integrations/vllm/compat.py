@@ -108,20 +108,14 @@ def check_settings(vllm_config: Any) -> None:
             raise UnsupportedError(f"load_format='sidp' does not work with {words}")
 
 
-def check_pool(vllm_config: Any, backend: str, mode: str) -> None:
-    """What does not go together with the pool's own settings."""
-    from vllm.config import CUDAGraphMode
+def check_backend(backend: str) -> None:
+    """The pool's backend is the platform's."""
     from vllm.platforms import current_platform
 
     on_cpu = bool(current_platform.is_cpu())
     if (backend == "host") != on_cpu:
         raise UnsupportedError(
             f"backend {backend!r} with vLLM on {'a CPU' if on_cpu else 'GPUs'}: on CPUs it is 'host', on GPUs 'nvshmem'"
-        )
-    if not on_cpu and mode != "was" and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-        # What the operators return lies at another address in each step, and a captured piece reads the first one's.
-        raise UnsupportedError(
-            f"mode {mode!r} does not work with CUDA graphs in vLLM yet: give mode='was', or enforce_eager=True"
         )
 
 
@@ -143,9 +137,15 @@ def keep_weights_plain(model: Any) -> None:
 
 def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:
     """Makes piecewise CUDA graphs end at these operators, which then run between them."""
-    names = vllm_config.compilation_config.splitting_ops
-    if names:  # empty or None: nothing is piecewise
-        names.extend(op for op in ops if op not in names)
+    compilation = vllm_config.compilation_config
+    if compilation.splitting_ops:
+        compilation.splitting_ops.extend(op for op in ops if op not in compilation.splitting_ops)
+    elif compilation.cudagraph_mode.has_piecewise_cudagraphs():
+        raise UnsupportedError(
+            "load_format='sidp' does not work with piecewise CUDA graphs that are not cut at splitting_ops, as there are "
+            "none (VLLM_USE_BREAKABLE_CUDAGRAPH): the pool's operators would be captured; leave splitting_ops to vLLM "
+            "with compilation mode 3, or give compilation_config={'cudagraph_mode': 'NONE'}"
+        )
 
 
 def set_num_threads(count: int) -> None:

@@ -19,7 +19,7 @@ from ...errors import UnsupportedError, UsageError
 from . import compat, settings, weights
 from .engine import Engine, set_engine
 from .offloader import PoolOffloader, check_places, pooled_parameters
-from .step import OPERATORS, StepState, set_state
+from .step import OPERATORS, StepState, compute, set_state
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only below its own name
 
@@ -70,7 +70,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         """The model, ready to run, and this process's engine set."""
         compat.check_settings(vllm_config)
         chosen = self._settings = settings.read(vllm_config)
-        compat.check_pool(vllm_config, chosen.pool.backend, chosen.pool.mode)
+        compat.check_backend(chosen.pool.backend)
         compat.split_graphs_at(vllm_config, OPERATORS)
         group = _join(chosen)
         num_layers = int(model_config.hf_text_config.num_hidden_layers)
@@ -187,8 +187,7 @@ class _ComputedLinear:
         self._layer, self._op, self._out_features = layer, op, out_features
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.sidp.vllm_compute(x, self._layer, self._op, self._out_features)
-        return result
+        return compute(x, self._layer, self._op, self._out_features)
 
 
 class _ComputedMlp(nn.Module):
@@ -198,8 +197,7 @@ class _ComputedMlp(nn.Module):
         self._layer, self._out_features = layer, out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.sidp.vllm_compute(x, self._layer, "mlp", self._out_features)
-        return result
+        return compute(x, self._layer, "mlp", self._out_features)
 
 
 def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, *, with_computes: bool) -> None:

@@ -99,22 +99,31 @@ def _release(y: torch.Tensor, layer: int) -> None:
     state().release(layer)
 
 
-def _compute(x: torch.Tensor, layer: int, op: str, out_features: int) -> torch.Tensor:
-    return state().compute(layer, op, x)
+def _compute(x: torch.Tensor, out: torch.Tensor, layer: int, op: str) -> None:
+    out.copy_(state().compute(layer, op, x))
 
 
-def _compute_fake(x: torch.Tensor, layer: int, op: str, out_features: int) -> torch.Tensor:
-    return x.new_empty((x.shape[0], out_features))
+def compute(x: torch.Tensor, layer: int, op: str, out_features: int) -> torch.Tensor:
+    """``op`` of ``layer`` of ``[rows, in_features]``: ``[rows, out_features]`` of the same dtype.
+
+    In a graph the result is allocated before the operator, by the piece that ends at it: pieces that are captured read
+    and write the same addresses in every step, and the operator runs between them.
+    """
+    if not torch.compiler.is_compiling():
+        return state().compute(layer, op, x)
+    out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+    torch.ops.sidp.vllm_compute(x, out, layer, op)
+    return out
 
 
 # Not torch.library.custom_op: its dispatch costs tens of microseconds, several times a layer.
 _library: Any = torch.library.Library("sidp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("vllm_fetch(Tensor(a!) x, int layer) -> ()")
 _library.define("vllm_release(Tensor(a!) y, int layer) -> ()")
-_library.define("vllm_compute(Tensor x, int layer, str op, int out_features) -> Tensor")
+_library.define("vllm_compute(Tensor x, Tensor(a!) out, int layer, str op) -> ()")
 _library.impl("vllm_fetch", _fetch, "CompositeExplicitAutograd")
 _library.impl("vllm_release", _release, "CompositeExplicitAutograd")
 _library.impl("vllm_compute", _compute, "CompositeExplicitAutograd")
 _library._register_fake("vllm_fetch", lambda x, layer: None)
 _library._register_fake("vllm_release", lambda y, layer: None)
-_library._register_fake("vllm_compute", _compute_fake)
+_library._register_fake("vllm_compute", lambda x, out, layer, op: None)
