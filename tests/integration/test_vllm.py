@@ -175,10 +175,15 @@ def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
     more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
     with engines_of(model, tmp_path, environment=static_graphs.ENVIRONMENT, **more) as engines:
         graphs = Pair(engines, [engine.answer() for engine in engines], pair.expected, pair.loads)
+        for stats in graphs.stats():  # of the warm-up nothing is counted, sent or learnt
+            assert stats["steps_broken_off"] > 0
+            assert not any(stats["steps"].values())
+            assert not any(stats["requests_by_peer"])
+            assert not stats["step_times"]
         for mode in ("was", "cas"):
             graphs.pin(mode)
             graphs.check()
-            assert all(stats["steps"][mode] >= NEW_TOKENS for stats in graphs.stats())
+            assert all(stats["steps"][mode] == NEW_TOKENS for stats in graphs.stats())
         for engine in engines:
             seen = engine.ask(static_graphs.report)
             assert seen["sidp.vllm_compute"] == 3 * LAYERS

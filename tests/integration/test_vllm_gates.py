@@ -129,10 +129,11 @@ def test_the_backend_is_the_platforms(monkeypatch: pytest.MonkeyPatch, cpu: bool
 
 
 class Began:
-    """A runtime that only notes in which mode a step begins."""
+    """A runtime that only notes in which mode a step begins, and whether it counts."""
 
     def __init__(self) -> None:
         self.modes: list[Any] = []
+        self.counted: list[bool] = []
         self.pool = self._core = self
 
     def is_local(self, layer: int) -> bool:
@@ -146,17 +147,37 @@ class Began:
         return SimpleNamespace(mode=mode)
 
     def end_step(self, broken_off: bool = False) -> None:
-        pass
+        self.counted.append(not broken_off)
 
 
 def test_steps_beyond_the_largest_request_are_was_whatever_was_asked_for() -> None:
     runtime: Any = Began()
     state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS)
+    state.warming_up = False
     for rows, pin in ((8, None), (9, None), (4, Mode.WAS), (4, None)):
         state.pin(pin)
         state.begin(rows)
         state.end()
     assert runtime.modes == [Mode.CAS, Mode.WAS, Mode.WAS, Mode.CAS]
+
+
+def test_steps_of_the_warm_up_are_was_and_do_not_count() -> None:
+    runtime: Any = Began()
+    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS)
+    for warming_up in (True, False):
+        state.warming_up = warming_up
+        state.begin(8)
+        state.end()
+    assert runtime.modes == [Mode.WAS, Mode.CAS]
+    assert runtime.counted == [False, True]
+
+
+def test_another_worker_would_never_end_the_warm_up() -> None:
+    chosen = engine_arguments()["worker_cls"]
+    for name in (chosen, "vllm.v1.worker.gpu_worker.Worker", "auto"):
+        given = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=name))
+        with contextlib.nullcontext() if name == chosen else pytest.raises(UnsupportedError, match="worker_cls"):
+            compat.check_worker(given)
 
 
 def test_piecewise_graphs_end_at_the_operators() -> None:

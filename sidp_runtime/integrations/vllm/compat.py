@@ -32,6 +32,7 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
     ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ("self",)),
+    ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", ("self",)),
 )
 
 
@@ -119,6 +120,19 @@ def check_backend(backend: str) -> None:
         )
 
 
+def check_worker(vllm_config: Any) -> None:
+    """Warm-up ends where our workers say so; with another the engine would stay in it."""
+    from .worker import PooledWorker
+
+    module, _, name = str(vllm_config.parallel_config.worker_cls).rpartition(".")
+    if not (module and issubclass(_find(module, name, installed_version()), PooledWorker)):  # type: ignore[arg-type]
+        raise UnsupportedError(
+            f"load_format='sidp' needs worker_cls {PooledWorker.__module__}.SidpWorker (SidpCpuWorker on a CPU) or a "
+            f"class derived from it, not {vllm_config.parallel_config.worker_cls!r}; use "
+            "sidp_runtime.integrations.vllm.engine_arguments"
+        )
+
+
 def keep_weights_plain(model: Any) -> None:
     """On a CPU, keeps vLLM from packing the linears into copies of its own and dropping the weights."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -142,9 +156,9 @@ def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:
         compilation.splitting_ops.extend(op for op in ops if op not in compilation.splitting_ops)
     elif compilation.cudagraph_mode.has_piecewise_cudagraphs():
         raise UnsupportedError(
-            "load_format='sidp' does not work with piecewise CUDA graphs that are not cut at splitting_ops, as there are "
-            "none (VLLM_USE_BREAKABLE_CUDAGRAPH): the pool's operators would be captured; leave splitting_ops to vLLM "
-            "with compilation mode 3, or give compilation_config={'cudagraph_mode': 'NONE'}"
+            "load_format='sidp' does not work with piecewise CUDA graphs that are not cut at splitting_ops, which are "
+            "empty (VLLM_USE_BREAKABLE_CUDAGRAPH does that): leave them to vLLM with compilation mode 3, or give "
+            "compilation_config={'cudagraph_mode': 'NONE'}"
         )
 
 

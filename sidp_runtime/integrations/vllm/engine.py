@@ -72,6 +72,11 @@ class Engine:
         gathered = self.group.all_gather(f"kv-budget/{self.budgets_asked}", str(own).encode())
         return min(int(budget) for budget in gathered)
 
+    def end_warm_up(self) -> None:
+        """From the next step on modes are chosen, and requests sent. Collective; waits as ``smallest_budget`` does."""
+        self.group.barrier("vllm/warm")
+        self.state.warming_up = False
+
     def close(self) -> None:
         """Leaves the group. Other engines go on with this rank's bytes on the host; on a GPU all close together."""
         set_state(None)

@@ -71,6 +71,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         compat.check_settings(vllm_config)
         chosen = self._settings = settings.read(vllm_config)
         compat.check_backend(chosen.pool.backend)
+        compat.check_worker(vllm_config)
         compat.split_graphs_at(vllm_config, OPERATORS)
         group = _join(chosen)
         num_layers = int(model_config.hf_text_config.num_hidden_layers)

@@ -23,12 +23,16 @@ OPERATORS = ("sidp::vllm_fetch", "sidp::vllm_release", "sidp::vllm_compute")
 
 
 class StepState:
-    """An engine's steps. One thread at a time, vLLM's worker."""
+    """An engine's steps. One thread at a time, vLLM's worker.
+
+    ``warming_up``: at first every step is WaS, and neither counted nor timed: it compiles, or measures memory.
+    """
 
     def __init__(self, runtime: Runtime, num_layers: int, max_rows: int, configured: Mode | None = None) -> None:
         self.runtime = runtime
         self._configured = configured
         self.pinned = configured  # see pin
+        self.warming_up = True
         self.computes: dict[tuple[int, str], Compute] = {}  # what a layer's op is without the pool
         self._local = [runtime.pool.is_local(layer) for layer in range(num_layers)]
         self._max_rows = max_rows
@@ -47,7 +51,7 @@ class StepState:
             self._in_step = False
             self.runtime.end_step(broken_off=True)
         mode = self.pinned
-        if mode == Mode.CAS and rows > self._max_rows:
+        if self.warming_up or (mode == Mode.CAS and rows > self._max_rows):
             mode = Mode.WAS
         step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
         self._in_step, self._is_cas = True, step.mode == Mode.CAS
@@ -55,7 +59,7 @@ class StepState:
     def end(self) -> None:
         """After it."""
         self._in_step = False
-        self.runtime.end_step()
+        self.runtime.end_step(broken_off=self.warming_up)
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
-"""vLLM's workers with one difference: all engines of the group report the same KV budget, the smallest.
+"""vLLM's workers with two differences: all engines report the same KV budget, and they warm up together.
 
-Else the fullest engine would be the first to preempt, and equal shares of the prompts would not end together.
+With unequal budgets the fullest engine would be the first to preempt, and equal shares of the prompts would not end
+together. Until all are warm no engine asks another for anything: what captures or compiles may not answer in time.
 """
 
 from __future__ import annotations
@@ -12,11 +13,22 @@ from vllm.v1.worker.gpu_worker import Worker
 from .engine import current
 
 
-class SidpWorker(Worker):  # type: ignore[misc]
-    """For ``worker_cls`` on GPUs."""
+class PooledWorker:
+    """The differences."""
 
     def determine_available_memory(self) -> int:
-        return current().smallest_budget(int(super().determine_available_memory()))
+        """vLLM's figure, the smallest of all engines. Collective."""
+        return current().smallest_budget(int(super().determine_available_memory()))  # type: ignore[misc]
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Collective. Steps are WaS and teach the policy nothing until it returns."""
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        current().end_warm_up()
+        return result
+
+
+class SidpWorker(PooledWorker, Worker):  # type: ignore[misc]
+    """For ``worker_cls`` on GPUs."""
 
 
 def __getattr__(name: str) -> Any:
@@ -25,11 +37,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    class SidpCpuWorker(CPUWorker):  # type: ignore[misc]
+    class SidpCpuWorker(PooledWorker, CPUWorker):  # type: ignore[misc]
         """For ``worker_cls`` on a CPU."""
-
-        def determine_available_memory(self) -> int:
-            return current().smallest_budget(int(super().determine_available_memory()))
 
     globals()[name] = SidpCpuWorker
     return SidpCpuWorker
