@@ -28,8 +28,8 @@ class ModePolicy:
     An estimate is the profile's prediction (``docs/model.md``) times what recent steps of that mode and about that size
     took of theirs, once three were timed. ``hysteresis``: share by which the other mode must be faster to be chosen, in
     [0, 1); it grows where the mode changes often. A mode that its measurements
-    rule out is tried again after 100 steps of a size, each time after twice as many, for three steps, and only if its
-    prediction is the faster one.
+    rule out is tried again after 100 steps of a size, each time after twice as many, for three steps, and only if it
+    looks faster as predicted, or corrected as the other one is.
 
     ``fixed``: always this mode; or a mode for each captured batch size, where a step takes that of the first size which
     holds it, and beyond the last the policy decides. ``Runtime.predicted_modes`` gives such a table.

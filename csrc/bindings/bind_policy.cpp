@@ -101,7 +101,7 @@ void bind_policy(py::module_& m) {
             const Decision decision = decide(snapshot, s.shape, s.profile, s.config);
             const bool was = decision.mode == Mode::kWas;
             const bool wanted = s.history.wants(decision.mode, num_tokens);
-            s.history.chosen(decision.mode, num_tokens);
+            s.history.ran(decision);
             const StepTimes times = predict_step(static_cast<double>(num_tokens), s.profile, s.shape);
             if (wanted)
               s.history.timed(decision.mode, num_tokens, 1e3 * (was ? times.was_s : times.cas_s),

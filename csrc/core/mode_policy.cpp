@@ -26,9 +26,10 @@ std::string percent(double share) {
 
 std::string estimate_text(const char* mode, double estimate_ms, const Correction& correction) {
   std::string text = std::string(mode) + " " + ms(estimate_ms) + " (predicted " + ms(estimate_ms / correction.factor);
-  if (correction.timed == 0) return text + ", not timed yet)";
   char factor[32];
   std::snprintf(factor, sizeof factor, " x %.3g", correction.factor);
+  if (correction.timed == 0)
+    return text + (correction.factor == 1 ? ", not timed yet)" : std::string(factor) + " as the other, not timed yet)");
   return text + factor + " of " + std::to_string(correction.timed) + " timed steps)";
 }
 

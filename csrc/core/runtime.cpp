@@ -231,7 +231,7 @@ void Runtime::end_step(bool broken_off) {
   }
   ++stats_.steps[index(decision_.mode)];
   stats_.tokens[index(decision_.mode)] += static_cast<std::uint64_t>(step_tokens_);
-  history_.chosen(decision_.mode, step_tokens_);
+  history_.ran(decision_);
   if (!timing_) return;
   timing_ = false;
   timer_->end(stream_);

@@ -43,17 +43,25 @@ void StepHistory::fill(PolicySnapshot& snapshot) const {
       break;
     }
   }
+  if (snapshot.was.timed == 0) snapshot.was.factor = std::min(1.0, snapshot.cas.factor);
+  if (snapshot.cas.timed == 0) snapshot.cas.factor = std::min(1.0, snapshot.was.factor);
 }
 
-void StepHistory::chosen(Mode mode, std::int64_t num_tokens) {
-  Size& size = sizes_[size_of(num_tokens)];
+void StepHistory::ran(const Decision& decision) {
+  Size& size = sizes_[size_of(decision.num_tokens)];
+  ++size.steps;
+  size.by_mode[index(decision.mode)].idle = 0;
+  if (decision.reason != Reason::kFaster && decision.reason != Reason::kHysteresis) return;
+  const Mode mode = decision.mode;
   if (size.previous && *size.previous != mode) {
-    ++size.recent_changes;
     ++changes_;
+    // A mode is tried to find out, and left again once it is known: neither is a swing.
+    const bool known = (mode == Mode::kWas ? decision.was : decision.cas).timed > 0;
+    if (known && !size.trying) ++size.recent_changes;
+    size.trying = !known;
   }
   size.previous = mode;
-  if (++size.steps % kCalmAfter == 0) size.recent_changes /= 2;
-  size.by_mode[index(mode)].idle = 0;
+  if (++size.chosen % kCalmAfter == 0) size.recent_changes /= 2;
   Samples& other = size.by_mode[1 - index(mode)];
   if (other.count > 0 && ++other.idle >= kForgetAfter << other.forgotten) {
     other.count = other.next = 0;

@@ -70,14 +70,14 @@ struct PolicyConfig {
 // What steps of one mode and about one size took, against what was predicted for them.
 struct Correction {
   double factor = 1;        // measured over predicted, the median of recent steps; 1 until enough were timed
-  std::uint32_t timed = 0;  // steps that it rests on
+  std::uint32_t timed = 0;  // steps that it rests on; 0: of the other mode, if it is not 1
 };
 
 struct PolicySnapshot {
   std::int64_t num_tokens = 0;             // rows of this step
   std::int64_t max_rows = 0;               // a request slot's; 0: no ops declared
   std::optional<Rank> unavailable_peer{};  // an owner of a streamed layer that is dead or silent
-  // Of the last step of about this size, and how often the mode of this size changed of late.
+  // Of the last step of about this size, and how often the mode of this size changed of late, but for trials.
   std::optional<Mode> previous{};
   std::uint32_t recent_changes = 0;
   Correction was{};
@@ -129,8 +129,9 @@ Decision decide(const PolicySnapshot& snapshot, const StepShape& shape, const Ma
 // measured over predicted of the last kWindow, which single outliers do not move. Where a size was not timed, its
 // neighbours are asked. A mode that is not in use keeps its correction: nothing is tried on a timer, except that after
 // kForgetAfter steps without it (each time twice as many) its correction is forgotten. It is then tried again, for as
-// many steps as it takes to time kEnough, and only if its plain prediction is the faster one. So steps spent on trials
-// grow with the logarithm of the steps.
+// many steps as it takes to time kEnough, and only if it looks faster at its best: as predicted, or corrected as the
+// other mode is where that took less than predicted. So a machine that is faster than its profile rules out no mode
+// that nobody tried, and steps spent on trials grow with the logarithm of the steps.
 class StepHistory {
  public:
   static constexpr std::uint32_t kEnough = 3;
@@ -138,7 +139,9 @@ class StepHistory {
   static constexpr std::uint64_t kForgetAfter = 100;
 
   void fill(PolicySnapshot& snapshot) const;  // previous, recent_changes, was, cas of num_tokens
-  void chosen(Mode mode, std::int64_t num_tokens);
+  // A step of this decision ran. Where the mode was forced (fixed, too many rows, a dead owner) it says nothing of what
+  // the policy wants: no swing, and no step that the other mode was passed over for.
+  void ran(const Decision& decision);
   void timed(Mode mode, std::int64_t num_tokens, double predicted_ms, double measured_ms);
   // Whether the next such step should be timed: all until the window is full, then one in four.
   [[nodiscard]] bool wants(Mode mode, std::int64_t num_tokens) const;
@@ -162,14 +165,16 @@ class StepHistory {
     std::uint32_t next = 0;
     std::uint64_t total = 0;
     double factor = 1;
-    std::uint64_t idle = 0;  // steps of this size since the mode was used
+    std::uint64_t idle = 0;  // choices of the other mode since this one was used
     std::uint32_t forgotten = 0;
   };
   struct Size {
     std::array<Samples, 2> by_mode{};
     std::optional<Mode> previous{};
+    bool trying = false;  // previous was not timed yet when the mode changed to it
     std::uint32_t recent_changes = 0;
-    std::uint64_t steps = 0;
+    std::uint64_t steps = 0;   // in either mode, forced or not
+    std::uint64_t chosen = 0;  // of those, not forced
   };
   static std::size_t size_of(std::int64_t num_tokens);
 

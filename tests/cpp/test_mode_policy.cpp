@@ -194,8 +194,9 @@ TEST(ModePolicy, DoesNotOscillateUnderNoise) {
 Mode run_step(StepHistory& history, double was_ms, double cas_ms, std::int64_t num_tokens = 8) {
   PolicySnapshot s{.num_tokens = num_tokens, .max_rows = 64};
   history.fill(s);
-  const Mode mode = decide(s, kShape, kProfile, {}).mode;
-  history.chosen(mode, num_tokens);
+  const Decision decision = decide(s, kShape, kProfile, {});
+  const Mode mode = decision.mode;
+  history.ran(decision);
   const StepTimes times = predict_step(static_cast<double>(num_tokens), kProfile, kShape);
   if (history.wants(mode, num_tokens))
     history.timed(mode, num_tokens, 1e3 * (mode == Mode::kWas ? times.was_s : times.cas_s),
@@ -219,6 +220,65 @@ TEST(StepHistory, CorrectsAPredictionThatWasWrong) {
   // The next size borrows what this one knows.
   EXPECT_EQ(run_step(history, 300, 900, 16), Mode::kWas);
   EXPECT_EQ(run_step(history, 300, 900, 7), Mode::kWas);
+}
+
+// The profile makes the machine twice as slow as it is, so neither figure may be held against the other one's.
+TEST(StepHistory, AModeThatWasNotTimedIsComparedWithTheOtherAsItIsCorrected) {
+  StepHistory history;
+  const StepTimes times = predict_step(8, kProfile, kShape);
+  for (std::uint32_t i = 0; i < StepHistory::kEnough; ++i)
+    history.timed(Mode::kWas, 8, 1e3 * times.was_s, 0.1 * 1e3 * times.was_s);
+  PolicySnapshot s{.num_tokens = 8, .max_rows = 64, .previous = {}};
+  history.fill(s);
+  EXPECT_LT(0.1 * times.was_s, times.cas_s);
+  const Decision decision = decide(s, kShape, kProfile, {});
+  EXPECT_EQ(decision.mode, Mode::kCas);
+  EXPECT_NE(explain(decision).find("CaS 10.2 ms (predicted 102 ms x 0.1 as the other, not timed yet)"),
+            std::string::npos)
+      << explain(decision);
+  // Slower than predicted is no reason to expect the same of the other mode: three steps tell.
+  StepHistory slow;
+  for (std::uint32_t i = 0; i < StepHistory::kEnough; ++i)
+    slow.timed(Mode::kCas, 8, 1e3 * times.cas_s, 9 * 1e3 * times.cas_s);
+  slow.fill(s);
+  EXPECT_EQ(s.was.factor, 1);
+  EXPECT_EQ(decide(s, kShape, kProfile, {}).mode, Mode::kWas);
+}
+
+TEST(StepHistory, ForcedStepsAreNoSwings) {
+  StepHistory history;
+  Decision forced{.mode = Mode::kWas, .num_tokens = 8};
+  for (int i = 0; i < 1000; ++i) {
+    EXPECT_EQ(run_step(history, 500, 100), Mode::kCas);
+    forced.reason = i % 3 == 0 ? Reason::kPeerUnavailable : i % 3 == 1 ? Reason::kRowsBeyondSlot : Reason::kFixed;
+    history.ran(forced);
+  }
+  EXPECT_EQ(history.changes(), 0);
+  PolicySnapshot s{.num_tokens = 8, .max_rows = 64};
+  history.fill(s);
+  EXPECT_EQ(s.recent_changes, 0);
+  EXPECT_EQ(s.previous, Mode::kCas);
+  // Yet they are steps: where all are forced, one in four is timed as elsewhere.
+  StepHistory fixed;
+  for (int i = 0; i < 415; ++i) {
+    if (fixed.wants(Mode::kWas, 8)) fixed.timed(Mode::kWas, 8, 1, 1);
+    fixed.ran(forced);
+  }
+  EXPECT_LE(fixed.entries()[0].steps, 15U + 101U);
+}
+
+// If trials widened the margin, the slower mode would be kept after one.
+TEST(StepHistory, TrialsWidenNoMargin) {
+  StepHistory history;
+  int cas_steps = 0;
+  for (int i = 0; i < 2000; ++i) {
+    PolicySnapshot s{.num_tokens = 8, .max_rows = 64};
+    history.fill(s);
+    EXPECT_EQ(s.recent_changes, 0U) << i;
+    cas_steps += run_step(history, 320, 600) == Mode::kCas;
+  }
+  EXPECT_LE(cas_steps, 6 * 3);
+  EXPECT_GT(history.changes(), 6U);
 }
 
 TEST(StepHistory, OneOutlierDecidesNothing) {
