@@ -483,7 +483,7 @@ class Runtime:
     def stats(self) -> dict[str, typing.Any]: ...
     def stop_trace(self) -> Trace:
         """
-        Between steps or once closed.
+        Cuts an open step, which goes on; also once closed.
         """
 
 def add_graph(

@@ -310,8 +310,9 @@ class Runtime:
         """``with runtime.tracing("trace.json"):`` traces the steps of its body for ui.perfetto.dev (docs/trace.md).
 
         Memory for ``num_events`` is taken on entering; when it is full the newest are dropped, and the trace says how
-        many. ``nvtx``: also NVTX ranges, for nsys. ``UsageError`` inside a step or another trace, ``DeadlineError``
-        if the last step does not end, ``UnsupportedError`` for ``nvtx`` where torch has none.
+        many. A step that is open at the end is cut there. ``nvtx``: also NVTX ranges, for nsys. ``UsageError`` inside a
+        step or another trace, ``DeadlineError`` if the last step does not end, ``UnsupportedError`` for ``nvtx`` where
+        torch has none.
         """
         return Tracing(self, path, num_events, nvtx)
 

@@ -150,7 +150,7 @@ void bind_runtime(py::module_& m) {
       .def("stats", [](const Runtime& r) { return to_dict(r.stats()); })
       .def("start_trace", &Runtime::start_trace, py::arg("num_events"), ReleaseGil(),
            "Records what this rank does, between steps; see include/sidp/trace.hpp.")
-      .def("stop_trace", &Runtime::stop_trace, ReleaseGil(), "Between steps or once closed.")
+      .def("stop_trace", &Runtime::stop_trace, ReleaseGil(), "Cuts an open step, which goes on; also once closed.")
       .def("close", &Runtime::close, ReleaseGil());
 }
 

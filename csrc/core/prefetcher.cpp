@@ -33,9 +33,7 @@ Prefetcher::Prefetcher(WeightPool& pool, Milliseconds deadline, const LaneOption
 
 Prefetcher::~Prefetcher() { stop(); }
 
-void Prefetcher::stop() noexcept {
-  if (lane_) lane_->stop();
-}
+bool Prefetcher::stop() noexcept { return !lane_ || lane_->stop(); }
 
 void Prefetcher::begin_step(bool captured) {
   next_ = 0;

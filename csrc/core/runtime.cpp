@@ -80,7 +80,7 @@ void Runtime::close() noexcept {
   }
   if (channel_) channel_->stop();
   backend.leave();
-  prefetcher_->stop();
+  if (!prefetcher_->stop()) backend.keep_memory();
 }
 
 void Runtime::check_open() const {
@@ -328,13 +328,11 @@ void Runtime::start_trace(std::size_t num_events) {
                 "the last step did not come to its end on its stream within " +
                     std::to_string(options_.deadline.count()) + " ms, so no trace was started",
                 {.rank = backend.rank(), .waited_ms = options_.deadline.count()});
-  tracer_.start(num_events, backend.make_stream_clock(num_events));
+  tracer_.start(num_events, backend.make_stream_clock(2 * num_events));
 }
 
 Trace Runtime::stop_trace() {
-  if (in_step_ && !closed_)
-    throw Error(ErrorCode::kUsage, "a trace ends between steps; end the open one first",
-                {.rank = pool_->backend().rank()});
+  end_step_span(/*broken_off=*/true);  // of a step that is open: it goes on, and its rest is not in the trace
   return tracer_.stop(options_.deadline);
 }
 

@@ -63,10 +63,16 @@ Trace Tracer::stop(Milliseconds deadline) {
   const std::size_t recorded = next_.load();
   trace.dropped = recorded - std::min(recorded, events_.size()) + without_mark_.load();
   events_.resize(std::min(recorded, events_.size()));
+  for (const TraceEvent& event : events_) {
+    if (!event.on_stream) continue;  // else its times are marks so far
+    clock_->wait(event.begin, until);
+    clock_->wait(event.end, until);
+  }
+  if (clock_) clock_->finish(until);
   for (TraceEvent& event : events_) {
-    if (event.on_stream) {  // its times are marks so far
-      const auto begin = clock_->ns(event.begin, until);
-      const auto end = clock_->ns(event.end, until);
+    if (event.on_stream) {
+      const auto begin = clock_->ns(event.begin);
+      const auto end = clock_->ns(event.end);
       if (!begin || !end) {
         ++trace.unfinished;
         continue;

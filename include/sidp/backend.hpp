@@ -81,7 +81,8 @@ struct LaneStats {
 class Lane {
  public:
   virtual ~Lane() = default;  // stops
-  virtual void stop() noexcept = 0;
+  // False: it was given up, and copies that are under way may still arrive.
+  virtual bool stop() noexcept = 0;
   [[nodiscard]] virtual LaneStats stats() const = 0;
   // The consumer's stream will empty the slot of this flag: that is queued. A lane that drives itself takes no notice;
   // one of streams queues the copies that can follow. Throws Error(kDevice).
@@ -102,7 +103,8 @@ class StepTimer {
 };
 
 struct LaneOptions {
-  std::uint32_t test_delay_us = 0;  // tests only: sleep before every copy
+  Milliseconds stop_deadline{10000};  // for copies that are under way when the lane is stopped
+  std::uint32_t test_delay_us = 0;    // tests only: sleep before every copy
 };
 
 struct Capabilities {
@@ -155,7 +157,7 @@ class Backend {
   virtual void follow_step_end(Stream) {}
   // By the clock of this machine where calls do not outlast a step, else by the device's events.
   virtual std::unique_ptr<StepTimer> make_step_timer();
-  // A stream did not come to its end: close() frees nothing on any rank.
+  // A stream, the engine's or the lane's, did not come to its end: close() frees nothing on any rank.
   virtual void keep_memory() noexcept {}
   // Collective, last: frees symmetric memory once every living rank has come here. If a rank died or does not come
   // within the deadline of the bootstrap the memory stays allocated until the process ends, and false is returned.

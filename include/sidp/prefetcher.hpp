@@ -41,7 +41,7 @@ class Prefetcher {
   // Releases what is held and consumes what is left unread, so that the lane's order holds for the next step.
   void drain_step(Stream stream);
 
-  void stop() noexcept;
+  bool stop() noexcept;  // see Lane
   [[nodiscard]] PrefetcherStats stats() const;
 
  private:

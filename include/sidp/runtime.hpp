@@ -98,7 +98,8 @@ class Runtime {
   // Records this rank's steps, calls, copies and requests, in memory for num_events that is taken here. Between steps;
   // waits for the end of the last one. Throws as Tracer::start, Error(kUsage) inside a step, Error(kDeadline).
   void start_trace(std::size_t num_events);
-  // Between steps or once closed. Waits for what streams have still to do. Throws as Tracer::stop, Error(kUsage).
+  // Waits for what streams have still to do. A step that is open is cut here, and marked as broken off in the trace; it
+  // goes on. Also once closed. Throws as Tracer::stop.
   Trace stop_trace();
   // Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.
   void close() noexcept;

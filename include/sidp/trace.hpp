@@ -61,8 +61,12 @@ class StreamClock {
   virtual ~StreamClock() = default;
   // Enqueues a mark, or kNoMark. Not while the stream is being captured.
   virtual TraceMark mark(Stream stream) noexcept = 0;
-  // When the stream got there, in nanoseconds of Clock. Waits until then; empty at the deadline or on an error.
-  virtual std::optional<std::int64_t> ns(TraceMark mark, Clock::time_point deadline) = 0;
+  // Until the stream got there, or the deadline.
+  virtual void wait(TraceMark mark, Clock::time_point deadline) noexcept = 0;
+  // Compares the clocks once more: what ns() tells afterwards lies between two comparisons. Once, after the last mark.
+  virtual void finish(Clock::time_point deadline) noexcept = 0;
+  // When the stream got there, in nanoseconds of Clock; empty if it did not, or on an error.
+  virtual std::optional<std::int64_t> ns(TraceMark mark) = 0;
   // By how much these times can be off, in nanoseconds.
   [[nodiscard]] virtual std::int64_t error_ns() const = 0;
 };

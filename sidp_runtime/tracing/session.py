@@ -9,18 +9,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _C
-from ..errors import ConfigError, UsageError
+from ..errors import ConfigError
 from . import chrome
 
 if TYPE_CHECKING:
     from ..runtime import Runtime
 
-NUM_EVENTS = 1 << 15  # 56 bytes each, and on a GPU a CUDA event
+NUM_EVENTS = 1 << 15  # 56 bytes each, and on a GPU two CUDA events
 
 
 class Tracing:
-    """What ``Runtime.tracing`` returns: traces from enter to exit, both between steps, then writes the file.
+    """What ``Runtime.tracing`` returns: traces from enter, between steps, to exit, then writes the file.
 
+    A step that is open at exit goes on, and the trace has its first part, marked as broken off.
     ``part``: this rank's share, for ``tracing.write`` of several ranks in one file; there once it has ended.
     """
 
@@ -51,13 +52,13 @@ class Tracing:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._core is not None
-        # A body that failed is what one wants to see; its error says more than that a step was left open.
         if not self._runtime.closed:
+            if isinstance(ranged := cast(object, self._runtime._open_core), WithRanges):
+                ranged.leave_step()
             self._runtime._open_core = self._core
-        with contextlib.suppress(*([UsageError] if kind is not None else [])):
-            ended = self._core.stop_trace()
-            self.part = chrome.part_of(ended, self._runtime.pool.group.rank, list(self._runtime._ops))
-        if self._path is not None and self.part:
+        ended = self._core.stop_trace()
+        self.part = chrome.part_of(ended, self._runtime.pool.group.rank, list(self._runtime._ops))
+        if self._path is not None:
             chrome.write(self._path, [self.part])
 
 
@@ -71,6 +72,7 @@ class WithRanges:
         self._op_names = op_names
         self._push = push
         self._pop = pop
+        self._in_step = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
@@ -78,12 +80,19 @@ class WithRanges:
     def begin_step(self, num_tokens: int, *arguments: Any) -> _C.Decision:
         decision = self._core.begin_step(num_tokens, *arguments)
         self._push(f"step {'was' if decision.mode == _C.Mode.WAS else 'cas'}, {num_tokens} tokens")
+        self._in_step = True
         return decision
 
     def end_step(self, broken_off: bool) -> None:
         try:
             self._core.end_step(broken_off)
         finally:
+            self.leave_step()
+
+    def leave_step(self) -> None:
+        """Closes the range of the step if one is open."""
+        if self._in_step:
+            self._in_step = False
             self._pop()
 
     def fetch_layer(self, layer: int, stream: int = 0) -> None:

@@ -9,6 +9,8 @@
 #include <string>
 #include <thread>
 
+#include "backends/nvshmem/event_clock.hpp"
+#include "backends/nvshmem/event_timer.hpp"
 #include "backends/nvshmem/nvshmem_backend.hpp"
 #include "sidp/error.hpp"
 
@@ -71,6 +73,7 @@ class Emulation final : public EmulatedGpu {
     end_capture();
   }
   void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
+  void hold_gets() override { look_up<void()>(nvshmem_, "emulator_hold_gets")(); }
   void hold_context() override { look_up<void(CUstream)>(cuda_, "emulator_hold_context")(current_); }
   [[nodiscard]] WorkloadHooks hooks() override;
   std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const override;
@@ -79,6 +82,7 @@ class Emulation final : public EmulatedGpu {
   [[nodiscard]] int num_registered() const override { return look_up<int()>(nvshmem_, "emulator_num_registered")(); }
   void wait() override;
   void finish() override;
+  void check_events() override;
   void check_streams(Workload& workload, Runtime& runtime) override;
   void check_replay(Workload& workload, Runtime& runtime) override;
 
@@ -186,6 +190,39 @@ void Emulation::finish() {
   wait();
   const std::lock_guard lock(mutex_);
   if (failure_) throw Mismatch(*failure_);
+}
+
+void Emulation::check_events() {
+  const auto num_events = look_up<int()>(cuda_, "emulator_num_events");
+  const int before = num_events();
+  look_up<void(int)>(cuda_, "emulator_fail_event")(5);
+  try {
+    const sidp::nvshmem::EventTimer timer(device_);
+    throw Mismatch("a timer was made of events that were not");
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kDevice) throw;
+  }
+  if (num_events() != before) throw Mismatch(std::to_string(num_events() - before) + " events are left");
+
+  look_up<void(double)>(cuda_, "emulator_set_drift")(0.5);
+  sidp::nvshmem::EventClock clock(device_, 2);
+  constexpr TraceMark kMarks = 2;
+  std::int64_t marked_ns[kMarks];
+  for (TraceMark i = 0; i < kMarks; ++i) {
+    std::this_thread::sleep_for(Milliseconds(60));
+    if (clock.mark({current_}) != i) throw Mismatch("no mark");
+    clock.wait(i, Clock::now() + kStreamDeadline);
+    marked_ns[i] = trace_ns(Clock::now());
+  }
+  if (clock.mark({current_}) != kNoMark) throw Mismatch("more marks than were asked for");
+  clock.finish(Clock::now() + kStreamDeadline);
+  for (TraceMark i = 0; i < kMarks; ++i) {
+    const auto ns = clock.ns(i);
+    const std::int64_t off = ns ? *ns - marked_ns[i] : 0;
+    // A wait may see the mark late on a busy machine; the drift alone is 30 ms at the first.
+    if (!ns || off > clock.error_ns() + 1'000'000 || off < -20'000'000)
+      throw Mismatch("mark " + std::to_string(i) + " is off by " + std::to_string(off) + " ns");
+  }
 }
 
 void Emulation::check_streams(Workload& workload, Runtime& runtime) {

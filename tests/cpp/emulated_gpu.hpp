@@ -17,6 +17,7 @@ class EmulatedGpu {
   virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
   virtual void fail_launches() = 0;               // of graphs
   virtual void fail_registration() = 0;           // of memory with NVSHMEM
+  virtual void hold_gets() = 0;                   // from now on they never arrive
   virtual void hold_context() = 0;                // until the stream of the steps is idle
   [[nodiscard]] virtual WorkloadHooks hooks() = 0;
   // Ops of captured graphs in the place of the given ones, and their capture once the runtime is made.
@@ -29,6 +30,8 @@ class EmulatedGpu {
   virtual void wait() = 0;                               // for the streams
   virtual void finish() = 0;                             // waits, then throws what a check on them found
 
+  // Times of marks on a device whose clock drifts; and a timer that cannot be made leaves no event.
+  virtual void check_events() = 0;
   // Steps that alternate between two streams, the first of which is kept busy.
   virtual void check_streams(Workload& workload, Runtime& runtime) = 0;
   // Steps in graphs, in both modes, between eager ones; and what replay steps refuse.

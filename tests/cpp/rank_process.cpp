@@ -71,6 +71,7 @@ class RankProcess {
     const std::string name = text("backend", "host");
     if (name == "nvshmem") gpu_ = make_emulated_gpu(folder_, rank_, spec_.world_size);
     if (text("do", "steps") == "reopen") return reopen(bootstrap);
+    if (text("do", "steps") == "events") return gpu_->check_events();
     auto backend = make_backend({.name = name,
                                  .rank = rank_,
                                  .world_size = spec_.world_size,
@@ -94,6 +95,7 @@ class RankProcess {
     options.profile = cas_profile();
     if (text("mode", "auto") == "was") options.policy.fixed = Mode::kWas;
     if (text("mode", "auto") == "cas") options.policy.fixed = Mode::kCas;
+    options.lane.stop_deadline = Milliseconds(number("stop_deadline_ms", 10000));
     options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
     if (gpu_ && !ops.empty()) {
@@ -132,6 +134,16 @@ class RankProcess {
       workload.step(runtime, {}, random);
       gpu_->hold_context();
       runtime.check();
+    } else if (what == "trace_room") {
+      check_trace_room(runtime, workload);
+    } else if (what == "stuck_get") {  // the copy into a slot that is released while gets no longer arrive
+      settled(runtime);
+      gpu_->hold_gets();
+      const LayerIndex first = runtime.pool().placement().ring_plan(rank_)[0].layer;
+      const Stream stream = gpu_->hooks().stream;
+      runtime.begin_step(stream, 1);
+      (void)runtime.fetch_layer(stream, first);
+      runtime.release_layer(stream, first);
     } else if (what == "close_in_step") {
       std::mt19937_64 random(5);
       workload.forward(runtime, runtime.begin_step(gpu_->hooks().stream, 1).mode, 5, random);
@@ -173,6 +185,24 @@ class RankProcess {
     const Rank rank = runtime.pool().backend().rank();
     return settled_stats(runtime, static_cast<std::size_t>(placement.num_slots(rank)),
                          placement.ring_plan(rank).size());
+  }
+
+  // A trace with room for just as many events as there are has no want of anything else.
+  void check_trace_room(Runtime& runtime, Workload& workload) {
+    std::size_t room = 1000;
+    for (int i = 0; i < 2; ++i) {
+      std::mt19937_64 random(4);
+      settled(runtime);
+      runtime.start_trace(room);
+      workload.step(runtime, {}, random);
+      gpu_->wait();
+      settled(runtime);
+      const Trace trace = runtime.stop_trace();
+      if (trace.dropped + trace.unfinished != 0 || (i > 0 && trace.events.size() != room))
+        throw Mismatch(std::to_string(trace.events.size()) + " of " + std::to_string(room) + " events, " +
+                       std::to_string(trace.dropped) + " dropped");
+      room = trace.events.size();
+    }
   }
 
   // Pools one after the other on a device where others take memory and give it back in between.

@@ -93,12 +93,13 @@ class SimLane final : public Lane {
     thread_ = scheduler_.start(backend.rank(), ThreadKind::kLane, [this] { run(); });
   }
   ~SimLane() override { stop(); }
-  void stop() noexcept override {
+  bool stop() noexcept override {
     stop_.store(true);
     const Rank rank = backend_.rank();
     const auto ended = [this, rank] { return scheduler_.finished(rank, ThreadKind::kLane); };
     scheduler_.block("stop lane", ended, -1, /*quiet=*/true);
     if (thread_.joinable()) thread_.join();
+    return true;
   }
   [[nodiscard]] LaneStats stats() const override { return stats_; }
 

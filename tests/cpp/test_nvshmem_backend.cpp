@@ -111,6 +111,31 @@ TEST(GpuBackend, RingThatNvshmemDoesNotRegisterIsAnError) {
   }
 }
 
+// A get that is still under way when the lane is given up may land later: its target stays registered and allocated.
+TEST(GpuBackend, MemoryThatALateGetWritesIsKept) {
+  RankGroup group(2, gpu({"mode=was", "no_ops=1", "unmapped=1"}));
+  group.start(0, {"do=stuck_get", "stop_deadline_ms=300"});
+  group.start(1, {"steps=3"});
+  for (Rank rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+    EXPECT_EQ(number(group.result(rank), "freed"), 0) << "freed by all or not at all";
+    EXPECT_EQ(number(group.result(rank), "still_registered"), 1 - rank);
+  }
+  EXPECT_LT(number(group.result(0), "total_ms"), 3000);
+}
+
+TEST(GpuBackend, EventsAreTimedWithoutDriftAndNotLeaked) {
+  RankGroup group(1, gpu({"do=events"}));
+  group.start_all();
+  EXPECT_EQ(group.wait(0), 0) << group.log(0) << group.result(0)["message"];
+}
+
+TEST(GpuBackend, TraceHasMarksForAllItsEvents) {
+  RankGroup group(3, gpu({"mode=was", "no_ops=1", "do=trace_room"}));
+  group.start_all();
+  expect_all_finish(group, 3);
+}
+
 TEST(GpuBackend, StepsOnTwoStreamsKeepTheirOrder) {
   for (const std::string mode : {"was", "cas"}) {
     SCOPED_TRACE("mode " + mode);

@@ -22,8 +22,10 @@ class CountingClock final : public StreamClock {
     const TraceMark at = next_.fetch_add(1);
     return at < room_ ? at : kNoMark;
   }
-  std::optional<std::int64_t> ns(TraceMark mark, Clock::time_point) override {
-    return mark >= never_ ? std::nullopt : std::optional(kFar + 10 * mark);
+  void wait(TraceMark, Clock::time_point) noexcept override {}
+  void finish(Clock::time_point) noexcept override { finished_ = true; }
+  std::optional<std::int64_t> ns(TraceMark mark) override {
+    return mark >= never_ || !finished_ ? std::nullopt : std::optional(kFar + 10 * mark);
   }
   [[nodiscard]] std::int64_t error_ns() const override { return 7; }
   static constexpr std::int64_t kFar = std::int64_t{1} << 60;
@@ -31,6 +33,7 @@ class CountingClock final : public StreamClock {
  private:
   TraceMark room_, never_;
   std::atomic<TraceMark> next_{0};
+  bool finished_ = false;
 };
 
 void span(Tracer& tracer, TraceSpan::Time time = TraceSpan::Time::kThread, LayerIndex layer = 0) {

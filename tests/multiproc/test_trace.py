@@ -199,6 +199,9 @@ def edges(context: RankContext) -> None:
         step = broken_off_step(replica)
         assert step["args"]["broken_off"]
         assert step["name"] == "step was"
+        step = step_left_open(replica)
+        assert step["args"]["broken_off"]
+        assert runtime.stats()["steps"]["was"] == 3  # it went on
         with runtime.tracing() as closed_inside:
             replica.step()
             context.meet("stepped")
@@ -211,6 +214,20 @@ def broken_off_step(replica: Replica) -> Event:
     with suppress(ZeroDivisionError), traced, replica.runtime.step(num_tokens=1):
         replica.runtime.fetch_layer(replica.streamed[0])
         raise ZeroDivisionError
+    (step,) = (event for event in traced.part["events"] if event["ph"] == "X" and event["cat"] == "step")
+    return step
+
+
+def step_left_open(replica: Replica) -> Event:
+    runtime = replica.runtime
+    with runtime.tracing() as traced:
+        runtime.begin_step(1)
+        runtime.fetch_layer(replica.streamed[0])
+    runtime.release_layer(replica.streamed[0])
+    for layer in replica.streamed[1:]:
+        runtime.fetch_layer(layer)
+        runtime.release_layer(layer)
+    runtime.end_step()
     (step,) = (event for event in traced.part["events"] if event["ph"] == "X" and event["cat"] == "step")
     return step
 
@@ -232,6 +249,11 @@ def with_ranges(context: RankContext) -> None:
         local, remote = replica.pool.local_layers[0], replica.streamed[0]
         for name in (f"fetch layer {local}", f"release layer {local}", f"remote_compute layer {remote} mlp"):
             assert log[log.index(name) + 1] == "pop"
+        runtime.begin_step(1)
+        runtime._core.leave_step()  # the trace ends
+        assert log[-2:] == ["step cas, 1 tokens", "pop"]
+        runtime.end_step(broken_off=True)
+        assert log[-2:] == ["step cas, 1 tokens", "pop"]
         context.meet("stepped")
 
 

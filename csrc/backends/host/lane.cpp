@@ -21,10 +21,11 @@ HostLane::HostLane(Backend& backend, std::vector<LaneOp> program, const LaneOpti
 
 HostLane::~HostLane() { stop(); }
 
-void HostLane::stop() noexcept {
+bool HostLane::stop() noexcept {
   stop_.store(true);
   backend_.interrupt();
   if (thread_.joinable()) thread_.join();
+  return true;
 }
 
 void HostLane::run() {

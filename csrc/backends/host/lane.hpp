@@ -16,7 +16,7 @@ class HostLane final : public Lane {
   HostLane(const HostLane&) = delete;
   HostLane& operator=(const HostLane&) = delete;
 
-  void stop() noexcept override;
+  bool stop() noexcept override;
   [[nodiscard]] LaneStats stats() const override;
 
  private:

@@ -10,8 +10,6 @@ namespace sidp::nvshmem {
 
 namespace {
 
-constexpr Milliseconds kStopDeadline{10000};
-
 void sleep_on_stream(void* options) {
   std::this_thread::sleep_for(std::chrono::microseconds(static_cast<const LaneOptions*>(options)->test_delay_us));
 }
@@ -141,13 +139,21 @@ void CopyLane::queue_next() {
   }
 }
 
-void CopyLane::stop() noexcept {
+bool CopyLane::stop() noexcept {
   stopped_ = true;
+  if (abandoned_) return false;
   const ContextScope scope(device_);
   const auto start = Clock::now();
-  while (!stream_.idle() && Clock::now() - start < kStopDeadline)
+  while (!stream_.idle() && Clock::now() - start < options_.stop_deadline)
     std::this_thread::sleep_for(std::chrono::microseconds(100));
-  if (stream_.idle()) landing_.unregister();  // else a get may still arrive
+  abandoned_ = !stream_.idle();
+  if (abandoned_) {
+    landing_.abandon();
+    arrived_.abandon();
+  } else {
+    landing_.unregister();
+  }
+  return !abandoned_;
 }
 
 LaneStats CopyLane::stats() const {

@@ -21,10 +21,11 @@ class Landing {
  public:
   // Throws Error(kDevice).
   Landing(const Device& device, const NvshmemApi& nvshmem, const std::vector<LaneOp>& program);
-  ~Landing() { unregister(); }
+  ~Landing() { unregister(); }  // no get may be under way, or abandon() comes first
   Landing(const Landing&) = delete;
   Landing& operator=(const Landing&) = delete;
   void unregister() noexcept;
+  void abandon() noexcept { begin_ = nullptr; }  // stays registered
 
  private:
   const Device& device_;
@@ -39,8 +40,9 @@ class CopyLane final : public Lane {
            std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer);
   ~CopyLane() override;
 
-  // Once the copies that are queued have arrived, or given up after ten seconds.
-  void stop() noexcept override;
+  // Once the copies that are queued have arrived, or given up at the deadline of the options: what copies under way may
+  // still write then stays registered and allocated for the life of the process.
+  bool stop() noexcept override;
   void released(std::uint32_t flag) override;
   [[nodiscard]] LaneStats stats() const override;
 
@@ -60,6 +62,7 @@ class CopyLane final : public Lane {
   std::size_t next_ = 0;        // position of the next wait in the program
   std::uint32_t queued_ = 0;    // copies, low 32 bits
   bool stopped_ = false;
+  bool abandoned_ = false;  // stopped with copies under way
   Landing landing_;
   HostWords arrived_;  // word 0: low 32 bits of the number of copies that have arrived
   DeviceStream stream_;

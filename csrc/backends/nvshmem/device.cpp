@@ -105,8 +105,20 @@ void DeviceStream::synchronize() const {
   device_.check(device_.api().cuStreamSynchronize(stream_), "cuStreamSynchronize");
 }
 
-DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label)
-    : device_(device), bytes_(bytes) {
+TimedEvent::TimedEvent(const Device& device) : device_(device) {
+  const ContextScope scope(device);
+  device.check(device.api().cuEventCreate(&event_, CU_EVENT_DEFAULT), "cuEventCreate");
+}
+
+TimedEvent::~TimedEvent() {
+  if (event_ == nullptr) return;
+  const ContextScope scope(device_);
+  device_.api().cuEventDestroy(event_);
+}
+
+DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label,
+                           std::shared_ptr<const bool> kept)
+    : device_(device), bytes_(bytes), kept_(std::move(kept)) {
   const ContextScope scope(device);
   const CUresult result = device.api().cuMemAlloc(&memory_, bytes);
   if (result == CUDA_ERROR_OUT_OF_MEMORY) {
@@ -130,6 +142,7 @@ DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::str
 }
 
 DeviceBuffer::~DeviceBuffer() {
+  if (kept_ && *kept_) return;
   const ContextScope scope(device_);
   device_.api().cuMemFree(memory_);
 }
@@ -146,6 +159,7 @@ HostWords::HostWords(const Device& device, std::size_t count) : device_(device) 
 }
 
 HostWords::~HostWords() {
+  if (abandoned_) return;
   const ContextScope scope(device_);
   device_.api().cuMemFreeHost(words_);
 }

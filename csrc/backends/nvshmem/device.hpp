@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/driver_api.hpp"
 #include "sidp/backend.hpp"
@@ -101,10 +102,25 @@ class ServiceStream {
 // means that the device runs nothing any more.
 bool is_pending(CUresult result);
 
-// Device memory of this process, zeroed.
+// An event that has times, unlike those that only order.
+class TimedEvent {
+ public:
+  explicit TimedEvent(const Device& device);  // throws Error(kDevice)
+  ~TimedEvent();
+  TimedEvent(TimedEvent&& other) noexcept : device_(other.device_), event_(std::exchange(other.event_, nullptr)) {}
+  TimedEvent& operator=(TimedEvent&&) = delete;
+  [[nodiscard]] CUevent get() const { return event_; }
+
+ private:
+  const Device& device_;
+  CUevent event_ = nullptr;
+};
+
+// Device memory of this process, zeroed. Not freed once *kept is true: work that is under way may still touch it.
 class DeviceBuffer final : public LocalBuffer {
  public:
-  DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label);
+  DeviceBuffer(const Device& device, ByteCount bytes, const std::string& label,
+               std::shared_ptr<const bool> kept = nullptr);
   ~DeviceBuffer() override;
   [[nodiscard]] std::byte* data() const override { return reinterpret_cast<std::byte*>(memory_); }
   [[nodiscard]] ByteCount bytes() const override { return bytes_; }
@@ -114,6 +130,7 @@ class DeviceBuffer final : public LocalBuffer {
   const Device& device_;
   CUdeviceptr memory_ = 0;
   ByteCount bytes_;
+  std::shared_ptr<const bool> kept_;
 };
 
 // Page-locked host words of 64 bits that kernels and streams write and this process's threads read; zeroed. A stream
@@ -125,12 +142,14 @@ class HostWords {
   HostWords(const HostWords&) = delete;
   HostWords& operator=(const HostWords&) = delete;
   [[nodiscard]] std::uint64_t load(std::size_t index) const;
+  void abandon() noexcept { abandoned_ = true; }  // a stream may still write them, so they stay
   [[nodiscard]] CUdeviceptr on_device(std::size_t index) const { return mapped_ + index * sizeof(std::uint64_t); }
 
  private:
   const Device& device_;
   std::uint64_t* words_ = nullptr;
   CUdeviceptr mapped_ = 0;
+  bool abandoned_ = false;
 };
 
 inline CUdeviceptr device_pointer(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "device.hpp"
@@ -10,37 +11,37 @@
 
 namespace sidp::nvshmem {
 
+// The two clocks are compared at the start and at the end, and times in between lie on the line through both: a
+// device's clock drifts by about a microsecond a second.
 class EventClock final : public StreamClock {
  public:
   // Makes all events here. Creates a stream too, so no stream may be blocked. Throws Error(kDevice), Error(kDeadline).
   EventClock(std::shared_ptr<const Device> device, std::size_t num_marks);
 
   TraceMark mark(Stream stream) noexcept override;
-  std::optional<std::int64_t> ns(TraceMark mark, Clock::time_point deadline) override;
+  void wait(TraceMark mark, Clock::time_point deadline) noexcept override;
+  // Where the device does not come to it, the drift stays in the times and its bound in error_ns().
+  void finish(Clock::time_point deadline) noexcept override;
+  std::optional<std::int64_t> ns(TraceMark mark) override;
   [[nodiscard]] std::int64_t error_ns() const override { return error_ns_; }
 
  private:
-  // With times, unlike those that only order.
-  class Event {
-   public:
-    explicit Event(const Device& device);
-    ~Event();
-    Event(const Event&) = delete;
-    Event& operator=(const Event&) = delete;
-    [[nodiscard]] CUevent get() const { return event_; }
-
-   private:
-    const Device& device_;
-    CUevent event_ = nullptr;
+  struct Anchor {  // passed at ns of the host's clock, give or take error_ns
+    TimedEvent event;
+    std::int64_t ns;
+    std::int64_t error_ns;
   };
-
-  void align();
+  // Empty at the deadline. Throws Error(kDevice).
+  [[nodiscard]] std::optional<Anchor> align(Clock::time_point deadline) const;
+  // Milliseconds of the device from the first anchor to an event that has passed.
+  [[nodiscard]] std::optional<float> elapsed_ms(const TimedEvent& event) const;
 
   std::shared_ptr<const Device> device_;
-  std::vector<std::unique_ptr<Event>> events_;
+  DeviceStream idle_;
+  std::vector<TimedEvent> events_;
   std::atomic<std::size_t> next_{0};
-  std::unique_ptr<Event> anchor_;  // passed at anchor_ns_ of the host's clock, give or take error_ns_
-  std::int64_t anchor_ns_ = 0;
+  std::optional<Anchor> first_;
+  double ns_per_ms_ = 1e6;  // of the host's clock a millisecond of the device's
   std::int64_t error_ns_ = 0;
 };
 

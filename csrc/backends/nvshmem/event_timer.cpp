@@ -4,29 +4,22 @@ namespace sidp::nvshmem {
 
 EventTimer::EventTimer(std::shared_ptr<const Device> device) : device_(std::move(device)) {
   const ContextScope scope(*device_);
-  for (Pair& pair : pairs_)
-    for (CUevent* const event : {&pair.start, &pair.end})
-      device_->check(device_->api().cuEventCreate(event, CU_EVENT_DEFAULT), "cuEventCreate");
-}
-
-EventTimer::~EventTimer() {
-  const ContextScope scope(*device_);
-  for (const Pair& pair : pairs_)
-    for (CUevent const event : {pair.start, pair.end}) device_->api().cuEventDestroy(event);
+  pairs_.reserve(kUnderWay);
+  while (pairs_.size() < kUnderWay) pairs_.push_back({TimedEvent(*device_), TimedEvent(*device_)});
 }
 
 bool EventTimer::begin(Stream stream) noexcept {
   if (ended_ == kUnderWay) return false;
   const ContextScope scope(*device_);
   Pair& pair = pairs_[(oldest_ + ended_) % kUnderWay];
-  pair.failed = device_->api().cuEventRecord(pair.start, static_cast<CUstream>(stream.handle)) != CUDA_SUCCESS;
+  pair.failed = device_->api().cuEventRecord(pair.start.get(), static_cast<CUstream>(stream.handle)) != CUDA_SUCCESS;
   return !pair.failed;
 }
 
 void EventTimer::end(Stream stream) noexcept {
   const ContextScope scope(*device_);
   Pair& pair = pairs_[(oldest_ + ended_) % kUnderWay];
-  pair.failed = device_->api().cuEventRecord(pair.end, static_cast<CUstream>(stream.handle)) != CUDA_SUCCESS;
+  pair.failed = device_->api().cuEventRecord(pair.end.get(), static_cast<CUstream>(stream.handle)) != CUDA_SUCCESS;
   ++ended_;
 }
 
@@ -36,8 +29,8 @@ std::optional<double> EventTimer::take() noexcept {
   const Pair& pair = pairs_[oldest_];
   float ms = 0;
   if (!pair.failed) {
-    if (is_pending(device_->api().cuEventQuery(pair.end))) return std::nullopt;
-    if (device_->api().cuEventElapsedTime(&ms, pair.start, pair.end) != CUDA_SUCCESS) ms = 0;
+    if (is_pending(device_->api().cuEventQuery(pair.end.get()))) return std::nullopt;
+    if (device_->api().cuEventElapsedTime(&ms, pair.start.get(), pair.end.get()) != CUDA_SUCCESS) ms = 0;
   }
   oldest_ = (oldest_ + 1) % kUnderWay;
   --ended_;

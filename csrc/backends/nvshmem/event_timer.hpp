@@ -1,8 +1,8 @@
 // Step times from events on the step's stream: calls only enqueue, so the host's clock says nothing of them.
 #pragma once
 
-#include <array>
 #include <memory>
+#include <vector>
 
 #include "device.hpp"
 
@@ -11,9 +11,6 @@ namespace sidp::nvshmem {
 class EventTimer final : public StepTimer {
  public:
   explicit EventTimer(std::shared_ptr<const Device> device);  // throws Error(kDevice)
-  ~EventTimer() override;
-  EventTimer(const EventTimer&) = delete;
-  EventTimer& operator=(const EventTimer&) = delete;
 
   bool begin(Stream stream) noexcept override;
   void end(Stream stream) noexcept override;
@@ -24,12 +21,11 @@ class EventTimer final : public StepTimer {
   // An engine that runs further ahead of its GPU has some steps untimed.
   static constexpr std::size_t kUnderWay = 8;
   struct Pair {
-    CUevent start = nullptr;
-    CUevent end = nullptr;
+    TimedEvent start, end;
     bool failed = false;  // an event could not be recorded
   };
   std::shared_ptr<const Device> device_;
-  std::array<Pair, kUnderWay> pairs_{};
+  std::vector<Pair> pairs_;
   std::size_t oldest_ = 0;
   std::size_t ended_ = 0;  // pairs from the oldest on that wait to be taken
 };

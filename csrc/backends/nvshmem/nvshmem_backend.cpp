@@ -176,7 +176,7 @@ void NvshmemBackend::create_flags(std::uint32_t num_flags) {
 }
 
 std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, const std::string& label) {
-  return std::make_unique<DeviceBuffer>(*device_, bytes, label);
+  return std::make_unique<DeviceBuffer>(*device_, bytes, label, in_use_);
 }
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
@@ -251,7 +251,7 @@ bool NvshmemBackend::close() {
     return false;
   }
   try {
-    const auto busy = bootstrap_->all_gather("close", in_use_ ? "in use" : "");
+    const auto busy = bootstrap_->all_gather("close", *in_use_ ? "in use" : "");
     if (std::any_of(busy.begin(), busy.end(), [](const std::string& word) { return !word.empty(); })) {
       allocations_.clear();
       return false;

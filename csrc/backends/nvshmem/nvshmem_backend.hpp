@@ -50,7 +50,7 @@ class NvshmemBackend final : public Backend {
   void mark_step_end(Stream stream) noexcept override;
   void follow_step_end(Stream stream) override;
   std::unique_ptr<StepTimer> make_step_timer() override;
-  void keep_memory() noexcept override { in_use_ = true; }
+  void keep_memory() noexcept override { *in_use_ = true; }
   bool wait_step_end(Milliseconds deadline) noexcept override;
   bool close() override;
 
@@ -86,11 +86,12 @@ class NvshmemBackend final : public Backend {
   host::HostBackend host_;
   Capabilities capabilities_;
   std::uint32_t num_flags_ = 0;
-  std::vector<CUdeviceptr> flags_;       // on the GPU, by rank as mapped here; 0 where it is not
-  std::vector<CUdeviceptr> control_;     // control segments of all ranks as the GPU sees them
-  CUevent step_end_ = nullptr;           // of the last step; made by the first
-  bool lost_ = false;                    // a collective of NVSHMEM did not come back
-  bool in_use_ = false;                  // a stream still works with the memory
+  std::vector<CUdeviceptr> flags_;    // on the GPU, by rank as mapped here; 0 where it is not
+  std::vector<CUdeviceptr> control_;  // control segments of all ranks as the GPU sees them
+  CUevent step_end_ = nullptr;        // of the last step; made by the first
+  bool lost_ = false;                 // a collective of NVSHMEM did not come back
+  // A stream still works with the memory, local and symmetric.
+  std::shared_ptr<bool> in_use_ = std::make_shared<bool>(false);
   std::vector<Allocation> allocations_;  // in order, freed in order
 };
 

@@ -71,7 +71,10 @@ struct State {
   std::size_t total = std::size_t{80} << 30, used = 0;
   std::uintptr_t next_stream = 0x1000;
   std::atomic<bool> fail_graph_launch = false;
-  std::atomic<int> global_captures = 0;  // that forbid calls to every thread
+  std::atomic<int> events = 0;              // that were created and not destroyed
+  std::atomic<int> events_until_fail = -1;  // creations; below 0: none fails
+  std::atomic<double> drift = 0;            // of the device's clock: by how much it is too fast
+  std::atomic<int> global_captures = 0;     // that forbid calls to every thread
   std::atomic<bool> capture_broken = false;
   std::recursive_mutex context;  // what a call that waits for the device holds
 };
@@ -132,6 +135,10 @@ EMULATED void emulator_hold_context(CUstream stream) {
   cuStreamSynchronize(stream);
 }
 EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
+
+EMULATED int emulator_num_events() { return state().events; }
+EMULATED void emulator_fail_event(int after) { state().events_until_fail = after; }
+EMULATED void emulator_set_drift(double drift) { state().drift = drift; }
 
 // --- Device and context
 EMULATED CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
@@ -278,12 +285,17 @@ EMULATED CUresult cuStreamBatchMemOp(CUstream stream, unsigned count, CUstreamBa
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuEventCreate(CUevent* event, unsigned flags) {
+  if (state().events_until_fail >= 0 && state().events_until_fail-- == 0) return CUDA_ERROR_UNKNOWN;
+  ++state().events;
   auto* const made = new Event;
   made->timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
   *event = reinterpret_cast<CUevent>(made);
   return CUDA_SUCCESS;
 }
-EMULATED CUresult cuEventDestroy(CUevent) { return CUDA_SUCCESS; }  // streams may still refer to it
+EMULATED CUresult cuEventDestroy(CUevent) {
+  --state().events;
+  return CUDA_SUCCESS;  // and no more: streams may still refer to it
+}
 EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
   auto* const event = reinterpret_cast<Event*>(handle);
   return enqueue(stream, [event, number = ++event->recorded] {
@@ -301,7 +313,7 @@ EMULATED CUresult cuEventElapsedTime(float* ms, CUevent first, CUevent last) {
   const auto* const end = reinterpret_cast<Event*>(last);
   if (!start->timed || !end->timed || start->recorded == 0 || end->recorded == 0) return CUDA_ERROR_INVALID_HANDLE;
   if (start->done < start->recorded || end->done < end->recorded) return CUDA_ERROR_NOT_READY;
-  *ms = static_cast<float>(end->done_ns - start->done_ns) / 1e6F;
+  *ms = static_cast<float>(static_cast<double>(end->done_ns - start->done_ns) * (1 + state().drift) / 1e6);
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuStreamWaitEvent(CUstream stream, CUevent handle, unsigned) {

@@ -37,6 +37,7 @@ struct State {
   std::multiset<std::size_t> freed;
   std::map<char*, std::size_t> registered;  // local memory
   bool fail_registration = false;
+  std::atomic<bool> hold_gets = false;
 };
 
 State& state() {
@@ -97,6 +98,7 @@ EMULATED int emulator_num_pieces() { return static_cast<int>(state().pieces.size
 
 EMULATED int emulator_num_registered() { return static_cast<int>(state().registered.size()); }
 EMULATED void emulator_fail_registration() { state().fail_registration = true; }
+EMULATED void emulator_hold_gets() { state().hold_gets = true; }  // for ever
 
 EMULATED int nvshmem_my_pe() { return state().rank; }
 EMULATED int nvshmem_n_pes() { return state().world_size; }
@@ -156,6 +158,7 @@ EMULATED void nvshmemx_getmem_on_stream(void* dst, const void* src, std::size_t 
   }
   auto* const get = new Get{dst, nvshmem_ptr(src, pe), bytes};
   const auto copy = [](void* data) {
+    while (state().hold_gets) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     auto* const g = static_cast<Get*>(data);
     std::memcpy(g->dst, g->src, g->bytes);
     delete g;
