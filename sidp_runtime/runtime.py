@@ -142,13 +142,10 @@ class Runtime:
             fixed_sizes=self.policy.fixed_sizes,
             hysteresis=self.policy.hysteresis,
             row_buckets=buckets,
-            deferred_start=bool(buckets),
+            deferred_start=True,
             test_lane_delay_us=test_lane_delay_us,
             test_service_delay_us=test_service_delay_us,
         )
-        if pool.placement.streamed_layers(pool.group.rank):
-            for words in advice(self._core, self.policy, max_rows, pool.held_bytes, pool.pooled_bytes):
-                warnings.warn(words, UnhelpfulWarning, stacklevel=2)
         # Addresses are fixed for the life of the pool, so the views are made once.
         self._views = {
             i: pool.layer_view(i) if pool.is_local(i) else pool.ring_view(i) for i in range(len(pool.layers))
@@ -156,22 +153,25 @@ class Runtime:
         self.handle = _torch.register_runtime(self)
         pool._runtime = weakref.ref(self)
         self._graphs: list[Any] = []  # own the memory that the captured ops use
-        if buckets:
-            from . import _torch_gpu
-
+        try:
             try:
-                try:
+                if pool.placement.streamed_layers(pool.group.rank):
+                    for words in advice(self._core, self.policy, max_rows, pool.held_bytes, pool.pooled_bytes):
+                        warnings.warn(words, UnhelpfulWarning, stacklevel=2)
+                if buckets:
+                    from . import _torch_gpu
+
                     self._graphs = _torch_gpu.capture_ops(
                         pool, self._core, list(zip(ops, self._kernels, strict=True)), buckets
                     )
-                except Exception as error:
-                    with contextlib.suppress(SidpError):  # the others need not wait for this rank
-                        self._core.start(failure=str(error))
-                    raise
-                self._core.start()
-            except BaseException:
-                self.close()
+            except Exception as error:
+                with contextlib.suppress(SidpError):  # the others need not wait for this rank
+                    self._core.start(failure=str(error))
                 raise
+            self._core.start()
+        except BaseException:
+            self.close()
+            raise
 
     def _core_op(self, index: int, op: Op) -> _C.Op:
         captured: dict[tuple[Any, ...], OpProgram] = {}

@@ -57,12 +57,12 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
 
 void Runtime::start(const std::string& failure) {
   check_open();
-  if (!channel_ || !options_.deferred_start) throw Error(ErrorCode::kUsage, "nothing was deferred to start()");
+  if (!options_.deferred_start) throw Error(ErrorCode::kUsage, "nothing was deferred to start()");
   Backend& backend = pool_->backend();
-  all_or_none(backend.bootstrap(), backend.rank(), "ops", [&] {
+  all_or_none(backend.bootstrap(), backend.rank(), "start", [&] {
     if (!failure.empty()) throw Error(ErrorCode::kUnsupported, failure, {.rank = backend.rank()});
   });
-  channel_->start();
+  if (channel_) channel_->start();
 }
 
 Runtime::~Runtime() { close(); }

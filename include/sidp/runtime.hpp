@@ -58,7 +58,7 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
-  // Collective after deferred_start: every rank's ops are in place, or all throw what one says of its failure.
+  // Collective after deferred_start: every rank is ready to answer, or all throw what one says of its failure.
   void start(const std::string& failure = {});
 
   // Begins a step of num_tokens rows on a stream and fixes its mode, which is the policy's, or `mode` when capturing.

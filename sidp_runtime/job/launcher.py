@@ -170,6 +170,7 @@ class Launcher:
 
     def _wait_ready(self, group: ReplicaSet) -> None:
         loading: dict[int, tuple[int, int]] = {}
+        warned: set[str] = set()
         while not all(replica.ready for replica in group.replicas):
             for replica, message in self._poll(group):
                 kind = None if message is None else message["type"]
@@ -180,6 +181,9 @@ class Launcher:
                 elif kind == "loading":
                     loading[replica.rank] = (message["done"], message["total"])
                     self._on_event("loading", *(sum(part) for part in zip(*loading.values(), strict=True)))
+                elif kind == "warning" and message["text"] not in warned:  # ranks alike say the same
+                    warned.add(message["text"])
+                    self._on_event("warning", f"replica {replica.rank}: {message['text']}")
                 elif kind == "ready":
                     replica.ready = True
                     replica.memory, replica.load = message["memory"], message["load"]

@@ -3,6 +3,7 @@
 | from replica | keys |
 | --- | --- |
 | ``loading`` | ``done``, ``total``: bytes |
+| ``warning`` | ``text``: for the user, before it is ready |
 | ``ready`` | ``memory``: bytes by name, ``load``: bytes and seconds |
 | ``alive`` | ``batch``, ``steps``: at most once a second while it generates |
 | ``result`` | ``batch``, ``sequences`` (new token ids), ``finish`` (reasons), ``num_steps``, ``seconds`` |
@@ -29,6 +30,7 @@ Message = dict[str, Any]
 #: By type, the keys that a replica's message has.
 FROM_REPLICA: dict[str, frozenset[str]] = {
     "loading": frozenset({"done", "total"}),
+    "warning": frozenset({"text"}),
     "ready": frozenset({"memory", "load"}),
     "alive": frozenset({"batch", "steps"}),
     "result": frozenset({"batch", "sequences", "finish", "num_steps", "seconds"}),

@@ -11,11 +11,12 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SidpError
+from ..errors import SidpError, UnhelpfulWarning
 from . import protocol
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def run(serve: Serve, settings: dict[str, Any], connection: Connection) -> None:
     # Ctrl-C reaches the whole foreground group; the launcher decides what becomes of its replicas.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox = Inbox(connection)
+    _send_warnings(connection)
     try:
         serve(settings, connection, inbox)
     except Exception as error:  # whatever it is, the launcher must hear it
@@ -85,6 +87,19 @@ def run(serve: Serve, settings: dict[str, Any], connection: Connection) -> None:
         except OSError:
             os._exit(LAUNCHER_GONE)
         sys.exit(1)
+
+
+def _send_warnings(connection: Connection) -> None:
+    """Our own warnings, which the main thread gives while it sets up, go to the launcher and not to stderr."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, UnhelpfulWarning):
+            protocol.send(connection, "warning", text=str(message))
+        else:
+            show(message, category, *where, **options)
+
+    warnings.showwarning = showwarning
 
 
 def step_callback(batch: int, connection: Connection, inbox: Inbox) -> Callable[[int], bool]:

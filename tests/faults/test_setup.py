@@ -34,6 +34,7 @@ KEYS = [
     "pool0/ops",
     "pool0/mailbox created",
     "pool0/mailbox mapped",
+    "pool0/start",
 ]
 
 

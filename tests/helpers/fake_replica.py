@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sidp_runtime.job import protocol
+from sidp_runtime.errors import UnhelpfulWarning
+from sidp_runtime.job import protocol, replica_process
 
 
 def fake_replica(settings: dict[str, Any], connection: Connection) -> None:
     """Answers each prompt with its own tokens doubled. ``settings["fake"]`` says what to do otherwise.
 
-    ``ready``: by rank, what to do before being ready (``die``, ``hang``, ``error NAME``), ``tries``: only so often.
-    ``batch``: by "rank" or "rank:batch", what to do with a batch (``die``, ``hang``, ``stop``, ``error``, ``lie``,
-    ``nonsense``, ``half``, ``slow``). ``stats``, ``close``: by rank (``die``, ``hang``).
+    ``ready``: by rank, what to do before being ready (``die``, ``hang``, ``error NAME``, ``warn TEXT``),
+    ``tries``: only so often. ``batch``: by "rank" or "rank:batch", what to do with a batch (``die``, ``hang``,
+    ``stop``, ``error``, ``lie``, ``nonsense``, ``half``, ``slow``). ``stats``, ``close``: by rank (``die``, ``hang``).
     """
     fake, rank = settings["fake"], str(settings["rank"])
 
@@ -34,6 +36,9 @@ def fake_replica(settings: dict[str, Any], connection: Connection) -> None:
         elif kind == "error":
             protocol.send(connection, "error", error=name, message="the words of the replica")
             os._exit(1)
+        elif kind == "warn":
+            replica_process._send_warnings(connection)
+            warnings.warn(name, UnhelpfulWarning, stacklevel=1)
         elif kind == "nonsense":
             connection.send_bytes(b"\x00not json")
         elif kind == "half":

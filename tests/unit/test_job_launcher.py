@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ import pytest
 from helpers.fake_replica import fake_replica
 
 from sidp_runtime import _C
-from sidp_runtime.errors import CheckpointError, PeerDeadError, SidpError
-from sidp_runtime.job import protocol, replicas
+from sidp_runtime.errors import CheckpointError, PeerDeadError, SidpError, UnhelpfulWarning
+from sidp_runtime.job import protocol, replica_process, replicas
 from sidp_runtime.job.launcher import BATCH_FAILURES, JobInterrupted, Launcher
 from sidp_runtime.job.prompts import Batch, Request, cut
 
@@ -112,6 +114,28 @@ def test_all_batches_once_and_all_closed(tmp_path: Path) -> None:
     assert job.said("ready") == [([r.pid for r in found],)]
     assert job.said("loading")[-1][1] in (10, 20, 30)
     assert not job.said("warning")
+
+
+def test_a_replicas_own_warnings_are_the_jobs(tmp_path: Path) -> None:
+    job = Job(tmp_path, ready={"0": "warn sharing saves nothing", "1": "warn sharing saves nothing", "2": "warn other"})
+    job.run()
+    job.check_complete()
+    said = sorted(text for (text,) in job.said("warning"))
+    assert [text.partition(": ")[2] for text in said] == ["sharing saves nothing", "other"]
+
+
+def test_other_warnings_stay_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *where, **options: shown.append(str(message)))
+    launcher, replica = multiprocessing.Pipe()
+    replica_process._send_warnings(replica)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("ours", UnhelpfulWarning, stacklevel=1)
+        warnings.warn("another package's", UserWarning, stacklevel=1)
+    assert shown == ["another package's"]
+    assert protocol.receive(launcher, protocol.FROM_REPLICA)["text"] == "ours"
+    assert not launcher.poll()
 
 
 def test_a_fast_replica_takes_more(tmp_path: Path) -> None:
