@@ -6,20 +6,22 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from . import _C, _torch
-from .errors import ConfigError, SidpError, UnsupportedError
+from .errors import CapacityError, ConfigError, SidpError, UnsupportedError
 from .machine_profile import MachineProfile
 from .manifest import DTYPE_BYTES
 from .ops import Op
 
 if TYPE_CHECKING:
     from .weight_pool import WeightPool
+
+_LINK_BYTES = 256 << 20
 
 
 def use_device(ordinal: int | None) -> int:
@@ -140,14 +142,11 @@ def _capture(
 def measure(device: int, pool: WeightPool | None) -> MachineProfile:
     """``policy.measure`` for a GPU. The round trip is an estimate, and marked as assumed."""
     assumed = ["round_trip_us"]
-    with torch.cuda.device(device):
-        source = _link_source(device, pool)
-        if source is None:
-            link = _bundled_link(device)
-            assumed.append("copy_bytes_per_s")
-        else:
-            target = torch.empty_like(source, device=f"cuda:{device}")
-            link = target.nbytes / _fastest(lambda: target.copy_(source, non_blocking=True))
+    link = measure_link(device, pool)
+    if link is None:
+        link = _bundled_link(device)
+        assumed.append("copy_bytes_per_s")
+    with _room_to_measure(device), torch.cuda.device(device):
         weights = torch.randn(16384, 8192, dtype=torch.bfloat16, device="cuda")
         row, rows = (torch.randn(count, 8192, dtype=torch.bfloat16, device="cuda") for count in (1, 2048))
         flops = 2.0 * weights.numel() * rows.shape[0]
@@ -161,18 +160,41 @@ def measure(device: int, pool: WeightPool | None) -> MachineProfile:
         )
 
 
+def measure_link(device: int, pool: WeightPool | None) -> float | None:
+    """``policy.measure_link`` for a GPU."""
+    source = _link_source(device, pool)
+    if source is None:
+        return None
+    with _room_to_measure(device), torch.cuda.device(device):
+        target = torch.empty_like(source, device=f"cuda:{device}")
+        return float(target.nbytes / _fastest(lambda: target.copy_(source, non_blocking=True)))
+
+
+@contextlib.contextmanager
+def _room_to_measure(device: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise CapacityError(
+            f"device {device} has no room to measure its profile: {error}. Run `sidp calibrate` while it is free, and "
+            "its profile is read instead"
+        ) from error
+
+
 def _link_source(device: int, pool: WeightPool | None) -> torch.Tensor | None:
     """Bytes on another GPU to measure the link with: a peer's layer as mapped here, or memory of a visible GPU."""
     if pool is not None:
-        placement = pool.placement
-        streamed = placement.streamed_layers(pool.group.rank)
+        group, placement = pool.group, pool.placement
+        # A rank on this GPU is reached through its own memory, which is no link.
+        streamed = [i for i in placement.streamed_layers(group.rank) if not group.shares_gpu(placement.owner(i))]
         if streamed:
             layer = max(streamed, key=placement.layer_bytes)
             with contextlib.suppress(SidpError):  # not mapped: it is reached over a network
                 return from_dlpack(_C.peer_layer(pool.core, layer))
     for other in range(torch.cuda.device_count()):
         if other != device and torch.cuda.can_device_access_peer(device, other):
-            return torch.ones(256 << 20, dtype=torch.uint8, device=f"cuda:{other}")
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # others use it: perhaps the next one
+                return torch.ones(_LINK_BYTES, dtype=torch.uint8, device=f"cuda:{other}")
     return None
 
 
@@ -185,9 +207,9 @@ def _bundled_link(device: int) -> float:
         if known in name.split():
             return GpuProfile.read(known).rates.copy_bytes_per_s
     raise ConfigError(
-        f"the link of device {device} ({name}) cannot be measured: no other GPU is visible here and no pool was given, "
-        "and no bundled profile is of this GPU. Give the pool (ModePolicy.calibrated(device=..., pool=...)) or run "
-        "`sidp calibrate` where two GPUs are visible"
+        f"the link of device {device} ({name}) cannot be measured, and no bundled profile is of this GPU: no other "
+        f"GPU is visible here with {_LINK_BYTES >> 20} MiB free, and no pool was given that has a rank on another GPU. "
+        "Give one (ModePolicy.calibrated(device=..., pool=...)) or run `sidp calibrate` where two GPUs are visible"
     )
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol, TypeVar
 
 from . import _C, config
-from .errors import ClosedError, ConfigError, DeadlineError, DuplicateRankError, PeerDeadError
+from .errors import ClosedError, ConfigError, DeadlineError, DuplicateRankError, PeerDeadError, SidpError
 
 T = TypeVar("T")
 
@@ -65,6 +65,8 @@ class Group:
         self._store = store
         self._prefix = f"sidp/{name}"
         self._num_pools = 0
+        self._num_turns = 0
+        self._gpus: list[bytes] = []  # UUIDs by rank
         self._closed = False
         # The counter of a rank's claim is 1 for the first process and more for the others.
         if self._ask("claim the rank", lambda: store.add(f"{self._prefix}/claim/{rank}", 1)) != 1:
@@ -83,6 +85,7 @@ class Group:
             from . import _nvshmem
 
             self.device = _nvshmem.initialise(self, device)
+            self._gpus = self.all_gather("gpus", _C.cuda_report()["devices"][self.device]["uuid"].encode())
 
     @classmethod
     def from_env(cls, *, backend: str = "host", name: str = "default", deadline_ms: int | None = None) -> Group:
@@ -121,6 +124,30 @@ class Group:
     def barrier(self, key: str) -> None:
         """Returns once every rank has called it with this key. For set-up, never in a step."""
         self.all_gather(key, b"")
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """``work``, one rank after the other: several at once would measure each other. Collective.
+
+        If it fails on a rank, that one raises its error and the others ``SidpError`` with its words, at once.
+        """
+        self._num_turns += 1
+        for turn in range(self.world_size):
+            words, failure = b"", None
+            if turn == self.rank:
+                try:
+                    result = work()
+                except Exception as error:
+                    words, failure = f"{type(error).__name__}: {error}".encode(), error
+            words = self.all_gather(f"turns{self._num_turns}/{turn}", words)[turn]
+            if failure is not None:
+                raise failure
+            if words:
+                raise SidpError(f"rank {turn} failed in its turn: {words.decode()}", rank=self.rank, peer=turn)
+        return result
+
+    def shares_gpu(self, peer: int) -> bool:
+        """Whether that rank runs on this rank's GPU, by UUID; False on the host."""
+        return bool(self._gpus) and self._gpus[peer] == self._gpus[self.rank]
 
     def make_backend(self) -> _C.Backend:
         """A backend of its own for one pool. All ranks make their pools in the same order."""

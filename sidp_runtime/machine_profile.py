@@ -210,6 +210,13 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         raise ConfigError(f"cannot write {path}: {error}; set SIDP_CACHE_DIR to a folder that can be") from error
 
 
+def amend(path: Path, profile: MachineProfile, words: str) -> None:
+    """Replaces the figures of a profile's file by others of the same machine; ``words`` are added to its source."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    source = content["measured"].get("source", "")
+    write(path, content | {"measured": {"source": f"{source}; {words}", **profile.facts()}})
+
+
 def read(path: Path, device: int | None = None) -> MachineProfile:
     """The profile in a file, for this machine; ``ConfigError`` if it is damaged, of another schema, or foreign."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,31 +65,32 @@ class ModePolicy:
         """A policy from this machine's profile: what ``sidp calibrate`` stored, else a shorter measurement, stored too.
 
         ``device``: ordinal of the GPU that the pool lies on; None: the host. ``pool``: the link is measured through its
-        peer mapping where no profile has it. A stored profile of another machine, other versions or another schema, or
-        a damaged one, is measured again. ``ConfigError`` if a link can be neither measured nor looked up.
+        peer mapping where no profile has it, and nothing else of a profile anew. A stored profile of another machine,
+        other versions or another schema, or a damaged one, is measured again. ``ConfigError`` if a link can be neither
+        measured nor looked up, ``CapacityError`` if the GPU has no room to measure.
         """
         path = cache_path(device)
         try:
             profile = machine_profile.read(path, device)
-            if pool is None or "copy_bytes_per_s" not in profile.assumed:
-                return cls(profile, fixed, hysteresis)
-        except ConfigError:
-            pass  # none yet, of another machine or version, or damaged: measure
-        profile = measure(device, pool)
-        source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
-        content = machine_profile.document(profile, machine_profile.machine_key(device), memory_bytes(device), source)
-        machine_profile.write(path, content)
+        except ConfigError:  # none yet, of another machine or version, or damaged
+            profile = measure(device, pool)
+            key = machine_profile.machine_key(device)
+            source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
+            machine_profile.write(path, machine_profile.document(profile, key, memory_bytes(device), source))
+        else:
+            missing = pool is not None and "copy_bytes_per_s" in profile.assumed
+            link = measure_link(device, pool) if missing else None
+            if link is not None:  # the rest was measured, and stays
+                assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
+                profile = replace(profile, copy_bytes_per_s=link, assumed=assumed)
+                machine_profile.amend(path, profile, "the link later, through a pool")
         return cls(profile, fixed, hysteresis)
 
     @classmethod
     def calibrated_in_turns(cls, pool: WeightPool, *, fixed: Mode | Mapping[int, Mode] | None = None) -> ModePolicy:
-        """``calibrated``, one rank after the other: several at once would measure each other. Collective."""
+        """``calibrated``, one rank after the other, as ``Group.in_turns``. Collective."""
         group = pool.group
-        for turn in range(group.world_size):
-            if turn == group.rank:
-                policy = cls.calibrated(fixed=fixed, device=group.device, pool=pool)
-            group.barrier(f"policy/measured/{turn}")
-        return policy
+        return group.in_turns(lambda: cls.calibrated(fixed=fixed, device=group.device, pool=pool))
 
     @classmethod
     def from_file(
@@ -119,7 +120,8 @@ def measure(device: int | None = None, pool: WeightPool | None = None) -> Machin
     """A profile in about a second, without other ranks. ``assumed`` names what could not be measured so.
 
     On the host: one thread's copies. On a GPU the link is measured through the pool's peer mapping or from another GPU
-    that this process sees; else it is the bundled profile's of that GPU, and marked as assumed.
+    that this process sees; else it is the bundled profile's of that GPU, and marked as assumed. Ranks that share a GPU
+    have no link between them, and one without room for the bytes to copy is none to measure with.
     """
     if device is not None:
         from . import _torch_gpu
@@ -138,6 +140,15 @@ def measure(device: int | None = None, pool: WeightPool | None = None) -> Machin
         memory_bytes_per_s=weights.nbytes / _fastest(lambda: weights @ row),
         flops_per_s=2.0 * weights.size * rows.shape[1] / _fastest(lambda: weights @ rows),
     )
+
+
+def measure_link(device: int | None, pool: WeightPool | None) -> float | None:
+    """``copy_bytes_per_s`` as ``measure`` takes it on a GPU; None if it cannot be measured, or on the host."""
+    if device is None:
+        return None
+    from . import _torch_gpu
+
+    return _torch_gpu.measure_link(device, pool)
 
 
 def _fastest(call: Callable[[], object], repeats: int = 5) -> float:

@@ -83,8 +83,10 @@ class Step:
 class Runtime:
     """Uses a published pool, one thread at a time. Constructing is collective; steps never wait for a peer's step.
 
-    ``ops``: what ``remote_compute`` can ask for, the same on all ranks; none: WaS only. ``max_rows``: rows of the
-    largest request. ``deadline_ms``: bound of every wait in a step, by default the group's.
+    ``policy``: None, on all ranks or on none: measured if need be, one rank after the other
+    (``ModePolicy.calibrated_in_turns``). ``ops``: what ``remote_compute`` can ask for, the same on all ranks; none: WaS
+    only. ``max_rows``: rows of the largest request. ``deadline_ms``: bound of every wait in a step, by default the
+    group's. What one rank refuses here, a warning made an error too, ends the others' set-up at once.
 
     On the host the stream is the calling thread, and ``stream`` takes only ``None``. On a GPU calls only enqueue:
     ``stream`` is a ``torch.cuda.Stream``, a handle, or ``None`` for torch's current one; a step runs on one stream and
@@ -113,7 +115,7 @@ class Runtime:
             from . import _torch_gpu
 
             self._stream = _torch_gpu.stream_reader(self._device)
-        self.policy = policy or ModePolicy.calibrated(device=self._device, pool=pool)
+        self.policy = policy or ModePolicy.calibrated_in_turns(pool)
         if self._device is None and row_buckets is not None:
             raise ConfigError("the host backend computes every row count; row_buckets are for GPUs")
         buckets = _row_buckets(max_rows, row_buckets) if self._device is not None and ops else []

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import time
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import SyntheticModel
-from helpers.processes import RankContext, RankOutcome, Ranks
+from helpers.processes import RankContext, RankOutcome, Ranks, run_ranks
 from helpers.ranks import PROFILE, open_replica
 
 import sidp_runtime as sidp
 from sidp_runtime import _C, LayerSpec, Op, TensorSpec, _torch
-from sidp_runtime.errors import CapacityError
+from sidp_runtime.errors import CapacityError, SidpError, UnhelpfulWarning
 from sidp_runtime.group import Store
 
 # Every collective of set-up, in order.
@@ -227,6 +230,46 @@ def test_ranks_that_disagree_about_ops_are_refused(difference: str) -> None:
             assert f"disagree about the {what}," in error["message"]
             assert error["peer"] == (0 if outcome.rank == 1 else 1)
         assert ranks.left_behind() == []
+
+
+def refuse_what_does_not_help(context: RankContext) -> None:
+    if context.rank == 1:
+        warnings.simplefilter("error", UnhelpfulWarning)
+    with open_replica(context, profile=replace(PROFILE, copy_bytes_per_s=1.0, round_trip_us=1e9), deadline_ms=20_000):
+        pass
+
+
+def test_a_warning_that_one_rank_refuses_ends_all_at_once() -> None:
+    start = time.monotonic()
+    with Ranks(refuse_what_does_not_help, 3) as ranks:
+        outcomes = ranks.join()
+        assert "no step of up to" in raised(outcomes[1], "UnhelpfulWarning")["message"]
+        for outcome in (outcomes[0], outcomes[2]):
+            assert "rank 1: no step of up to" in raised(outcome, "UnsupportedError")["message"]
+        assert ranks.left_behind() == []
+    assert time.monotonic() - start < 15
+
+
+def fail_in_turn(context: RankContext) -> list[float]:
+    with context.group(deadline_ms=20_000) as group:
+        spans = group.in_turns(lambda: (time.monotonic(), time.sleep(0.05), time.monotonic()))
+
+        def measure() -> None:
+            if context.rank == 1:
+                raise CapacityError("no room to measure")
+
+        with pytest.raises(SidpError, match="no room to measure") as caught:
+            group.in_turns(measure)
+        assert isinstance(caught.value, CapacityError) == (context.rank == 1)
+        assert caught.value.peer == (None if context.rank == 1 else 1)
+        return [spans[0], spans[2]]
+
+
+def test_turns_follow_each_other_and_a_failure_is_everybodys() -> None:
+    start = time.monotonic()
+    spans = run_ranks(fail_in_turn, 3)
+    assert time.monotonic() - start < 15
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
 
 def too_large(context: RankContext, where: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -219,6 +220,25 @@ def test_calibrated_measures_once_and_reuses(cache: Path, measured: list[int]) -
     assert [path.name for path in cache.iterdir()] == ["profile-host.json"]
     assert ModePolicy.from_file(cache / "profile-host.json").profile == MEASURED
     assert GpuProfile.read(cache / "profile-host.json").rates == MEASURED  # a plan takes the same file
+
+
+def test_a_link_that_was_assumed_is_all_that_is_measured_later(
+    cache: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = machine_profile.LinearTimes(1000, (1, 8), (0.1, 0.2))
+    known = replace(MEASURED, linear_times=times, assumed=("round_trip_us", "copy_bytes_per_s"))
+    path = cache / "profile-host.json"
+    machine_profile.write(path, machine_profile.document(known, machine_profile.machine_key(None), 1, "calibrated"))
+    links: list[float | None] = [None, 7e9]
+    monkeypatch.setattr(policy, "measure_link", lambda device, pool: links.pop(0))
+    pool: Any = object()
+    assert ModePolicy.calibrated().profile == known
+    assert ModePolicy.calibrated(pool=pool).profile == known  # no link here either
+    found = replace(known, copy_bytes_per_s=7e9, assumed=("round_trip_us",))
+    assert ModePolicy.calibrated(pool=pool).profile == found
+    assert ModePolicy.calibrated(pool=pool).profile == found  # stored, and not asked for again
+    assert json.loads(path.read_text())["measured"]["source"] == "calibrated; the link later, through a pool"
+    assert not measured
 
 
 def edited(part: str, **changes: object) -> Callable[[dict[str, Any]], Any]:
