@@ -305,6 +305,9 @@ class Runtime:
         Of the policy: ``decisions`` by reason, ``last_decision`` in words, ``mode_changes``, and ``step_times`` by mode
         and size: medians of recent steps, predicted and measured, and the correction. On a GPU times are those of the
         stream, and those of the last steps come with the next ones.
+
+        For the thread of the steps. Another one may ask while a step runs, and then finds counters of different
+        moments, or half written; those of copies and served requests are whole.
         """
         return self._final_stats if self._open_core is None else self._open_core.stats()
 

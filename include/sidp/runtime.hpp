@@ -93,6 +93,8 @@ class Runtime {
   [[nodiscard]] const WeightPool& pool() const { return *pool_; }
   [[nodiscard]] const Mailbox* mailbox() const { return mailbox_.get(); }
   [[nodiscard]] ActivationChannel* channel() const { return channel_.get(); }
+  // By the thread of the steps. By another one while a step runs, what is read may be of different moments, or half
+  // written: counters are plain words, and only those of lane and service are atomic.
   [[nodiscard]] RuntimeStats stats() const;
 
   // Records this rank's steps, calls, copies and requests, in memory for num_events that is taken here. Between steps;
