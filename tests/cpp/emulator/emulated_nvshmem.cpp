@@ -38,6 +38,7 @@ struct State {
   std::map<char*, std::size_t> registered;  // local memory
   bool fail_registration = false;
   std::atomic<bool> hold_gets = false;
+  std::atomic<int> gets = 0;  // under way
 };
 
 State& state() {
@@ -147,6 +148,10 @@ EMULATED int nvshmemx_buffer_register(void* memory, std::size_t bytes) {
 }
 
 EMULATED int nvshmemx_buffer_unregister(void* memory) {
+  if (state().gets != 0) {
+    std::fprintf(stderr, "the local buffer of a get is unregistered before it has arrived\n");
+    std::abort();
+  }
   return state().registered.erase(static_cast<char*>(memory)) == 1 ? 0 : 7;
 }
 
@@ -156,12 +161,14 @@ EMULATED void nvshmemx_getmem_on_stream(void* dst, const void* src, std::size_t 
     std::fprintf(stderr, "the local buffer of a get is not registered with NVSHMEM\n");
     std::abort();
   }
+  ++state().gets;
   auto* const get = new Get{dst, nvshmem_ptr(src, pe), bytes};
   const auto copy = [](void* data) {
     while (state().hold_gets) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     auto* const g = static_cast<Get*>(data);
     std::memcpy(g->dst, g->src, g->bytes);
     delete g;
+    --state().gets;
   };
   from_cuda<int (*)(void*, void (*)(void*), void*)>("cuLaunchHostFunc")(stream, copy, get);
 }
