@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import random
+import secrets
 import signal
 import socket
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from sidp_runtime import _C
 
 from . import e2e_table, vllm_engine
 from .e2e_table import Results, Sample
@@ -39,7 +42,6 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = vllm_engine.serv
     command = " ".join(["python -m bench.e2e_vllm", *(sys.argv[1:] if arguments is None else arguments)])
     report = Report(command, options.backend, Path(options.model).name, environment())
     results, console = Results(options), Console(width=None if sys.stdout.isatty() else 200)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that engines are ended
 
     def save() -> None:
         report.figures, report.ranks = results.figures(), {"e2e_vllm": results.run()}
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = vllm_engine.serv
             report.write(options.json)
 
     with contextlib.ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that engines are ended
+        stack.callback(signal.signal, signal.SIGTERM, before)
         logs = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sidp-e2e-")))
         for number in range(options.rounds):
             for system in order(options.systems, number):
@@ -132,7 +136,7 @@ def engine_settings(system: str, options: argparse.Namespace) -> list[dict[str, 
     mode = {"mode": system.partition("-")[2] or "auto"}
     pool = {"world_size": options.replicas, "backend": options.backend, "weights": options.weights, **mode}
     common = {name: getattr(options, name) for name in ("model", "replicas", "weights", "engine", "gpus")}
-    common |= {"system": system, "port": port, "pool": {**pool, **options.sidp}}
+    common |= {"system": system, "port": port, "token": secrets.token_hex(16), "pool": {**pool, **options.sidp}}
     return [{**common, "rank": rank} for rank in range(1 if system == "tp" else options.replicas)]
 
 
@@ -152,7 +156,8 @@ def _measure(system: str, options: argparse.Namespace, results: Results, serve: 
     start = time.monotonic()
     results.order.append(system)
     vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
-    engines = Engines(serve, engine_settings(system, options), logs)
+    settings = engine_settings(system, options)
+    engines = Engines(serve, settings, logs)
     grace_s = 0.0  # of engines that failed, or stand beside one that did
     try:
         ready = engines.answers(first_limit)
@@ -168,6 +173,7 @@ def _measure(system: str, options: argparse.Namespace, results: Results, serve: 
         grace_s = _GRACE_S
     finally:
         engines.end(grace_s)
+        _C.unlink_segments(settings[0]["token"], len(settings))  # on the host: what killed engines shared
 
 
 Request = tuple[list[int], int]  # prompt, new tokens

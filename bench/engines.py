@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 
 _ERROR = re.compile(r"\b\w*(Error|Exception): ?\S")
+_NO_ERROR = re.compile(r"\b(DEBUG|INFO|WARNING)\b")
+_TERM_S = 3.0  # for resource trackers to take away shared memory and semaphores
 _GONE_S = 20.0  # for the kernel to take back what killed processes held, a GPU's memory among it
 
 #: Runs in an engine's process: answers with ``link.send(("ok", value))``, when it is ready and to each message.
@@ -83,7 +85,7 @@ class Engines:
         return [found[rank] for rank in range(len(self._links))]
 
     def end(self, grace_s: float) -> None:
-        """Those that do not end by themselves are killed, and in any case all processes that they started.
+        """Those that do not end by themselves are terminated, then killed, and in any case all that they started.
 
         Returns once they are gone, so that the next engines find the memory free.
         """
@@ -94,14 +96,13 @@ class Engines:
         sentinels = {process.sentinel for process in self._processes}
         while sentinels and (left := until - time.monotonic()) > 0:
             sentinels -= set(connection.wait(list(sentinels), left))
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()  # one that had not yet begun its session
-        groups = {process.pid for process in self._processes}
-        until = time.monotonic() + _GONE_S
-        while (left_over := _members(groups)) and time.monotonic() < until:
-            time.sleep(0.05)
+        for number, limit_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _GONE_S)):
+            for process in self._processes:
+                with contextlib.suppress(ProcessLookupError):  # one that has not yet begun its session
+                    os.killpg(process.pid, number)
+                if number == signal.SIGKILL:
+                    process.kill()
+            left_over = _wait_until_gone({process.pid for process in self._processes}, limit_s)
         for process in self._processes:
             process.join(1)
         self._links, self._processes = [], []
@@ -118,9 +119,17 @@ class Engines:
         log = self._logs[rank]
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
         lines = [line for line in lines if line]
-        errors = [line for line in lines if _ERROR.search(line)]
+        errors = [line for line in lines if _ERROR.search(line) and not _NO_ERROR.search(line)]
         chosen = list(dict.fromkeys([*errors[:1], *lines[-1:]]))
         return " | ".join(line[:300] for line in chosen) or "(it wrote nothing)"
+
+
+def _wait_until_gone(groups: set[int], limit_s: float) -> list[int]:
+    """Processes of these groups that are still there after ``limit_s``."""
+    until = time.monotonic() + limit_s
+    while (left := _members(groups)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return left
 
 
 def _members(groups: set[int]) -> list[int]:

@@ -56,10 +56,16 @@ def _start(settings: dict[str, Any], pooled: bool) -> Any:
     if pooled:
         from sidp_runtime.integrations.vllm import engine_arguments
 
-        pool = engine_arguments(rank=settings["rank"], store=f"127.0.0.1:{settings['port']}", **settings["pool"])
+        pool = engine_arguments(
+            rank=settings["rank"],
+            store=f"127.0.0.1:{settings['port']}",
+            own={"token": settings["token"]},
+            **settings["pool"],
+        )
         graphs = {**arguments.get("compilation_config", {}), **pool.pop("compilation_config", {})}
         arguments |= {**pool, **({"compilation_config": graphs} if graphs else {})}
-    print(f"vllm.LLM(model={settings['model']!r}, {json.dumps(arguments)})", flush=True)
+    shown = {name: value for name, value in arguments.items() if name != "model_loader_extra_config"}  # has a secret
+    print(f"vllm.LLM(model={settings['model']!r}, {json.dumps(shown)})", flush=True)
     return LLM(model=settings["model"], disable_log_stats=False, **arguments)
 
 
@@ -74,12 +80,12 @@ def _requests(loaded: list[tuple[list[int], int]]) -> tuple[list[Any], list[Any]
 
 def _counters(llm: Any, pooled: bool) -> dict[str, int]:
     """Since the start: what vLLM counts itself, and what the pool does. A pool that was not used raises."""
-    found = {"preemptions": 0, "steps": 0, "copied": 0, "requests": 0, "fallbacks": 0}
-    for metric in llm.get_metrics():
-        if metric.name == "vllm:num_preemptions":
-            found["preemptions"] += int(metric.value)
-        elif metric.name == "vllm:iteration_tokens_total":  # one observation for each step of the engine
-            found["steps"] += int(metric.count)
+    metrics = {metric.name: metric for metric in llm.get_metrics()}  # of one engine: each name once
+    found = {
+        "preemptions": int(metrics["vllm:num_preemptions"].value),
+        "steps": int(metrics["vllm:iteration_tokens_total"].count),  # one observation for each step
+        **dict.fromkeys(("copied", "requests", "fallbacks"), 0),
+    }
     if pooled:
         stats = llm.collective_rpc("sidp_stats")[0]
         found["copied"] = sum(stats["bytes_by_peer"])

@@ -17,11 +17,12 @@ from typing import Any
 def serve(link: Any, settings: dict[str, Any]) -> None:
     system, engine = settings["system"], settings["engine"]
     how = engine.get("fail", {}).get(system) if settings["rank"] == 0 else None
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if how == "exit" else ""
+    child = subprocess.Popen([sys.executable, "-c", f"import signal, time; {stubborn} time.sleep(600)"])
     with Path(engine["children"]).open("a") as file:
         file.write(f"{os.getpid()}\n{child.pid}\n")
     if how == "start":
-        print("CudaError: the first cause", flush=True)
+        print("WARNING an OSError: of no account\nCudaError: the first cause", flush=True)
         raise ValueError("no memory")
     link.send(("ok", {"kv_tokens": 1600 if system.startswith("sidp") else 1000}))
     runs = 0
