@@ -149,7 +149,7 @@ def _measure(system: str, options: argparse.Namespace, results: Results, serve: 
     def limit() -> float:
         left: float = options.begun + options.limit - time.monotonic()
         if left <= 0:
-            raise EngineError(f"not begun: {options.limit:.0f} s were spent")
+            raise EngineError(f"no time left: {options.limit:.0f} s were spent")
         return min(float(options.answer_limit), left)
 
     first_limit = limit()
