@@ -43,7 +43,7 @@ void Prefetcher::begin_step(bool captured) {
 void Prefetcher::replayed_step() {
   next_ = uses_.size();
   stats_.fetches += uses_.size();
-  for (const Use& use : uses_) lane_->released(pool_.slot_flag(use.entry.slot));
+  for (const Use& use : uses_) lane_->used_by_graph(pool_.slot_flag(use.entry.slot));
 }
 
 void Prefetcher::forget_step() {
@@ -55,8 +55,8 @@ void Prefetcher::forget_step() {
 
 void Prefetcher::empty_slot(Stream stream, const RingEntry& entry) {
   const std::uint32_t flag = pool_.slot_flag(entry.slot);
-  pool_.backend().signal(stream, {pool_.backend().rank(), flag}, kEmpty);
-  if (!captured_) lane_->released(flag);
+  if (captured_ || !lane_->set_empty(stream, flag))
+    pool_.backend().signal(stream, {pool_.backend().rank(), flag}, kEmpty);
 }
 
 Prefetcher::Use* Prefetcher::find(LayerIndex layer) {
@@ -72,7 +72,9 @@ void Prefetcher::wait_full(Stream stream, const RingEntry& entry) {
   TraceSpan span(backend.tracer(), captured_ ? 0 : backend.tracer().session(),
                  {.kind = TraceEvent::Kind::kWaitFull, .layer = entry.layer}, TraceSpan::Time::kStream, stream);
   const auto start = Clock::now();
-  const WaitResult result = backend.wait(stream, flag, kFull, {.deadline = deadline_});
+  const WaitResult result = !captured_ && lane_->wait_full(stream, flag)
+                                ? WaitResult::kReady
+                                : backend.wait(stream, flag, kFull, {.deadline = deadline_});
   const auto waited = Clock::now() - start;
   stats_.wait_ns += static_cast<std::uint64_t>(std::chrono::nanoseconds(waited).count());
   span.close();

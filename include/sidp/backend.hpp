@@ -70,7 +70,7 @@ struct LaneOp {
 };
 
 struct LaneStats {
-  std::uint64_t copies = 0;  // that have arrived
+  std::uint64_t copies = 0;  // that have arrived; a lane of streams knows it once those ahead of the next step have
   std::vector<ByteCount> bytes_by_peer;
   std::uint64_t copy_ns = 0;  // time inside copies; 0 where only the device can tell
   std::uint64_t wait_ns = 0;  // time blocked on empty slots; likewise
@@ -84,9 +84,13 @@ class Lane {
   // False: it was given up, and copies that are under way may still arrive.
   virtual bool stop() noexcept = 0;
   [[nodiscard]] virtual LaneStats stats() const = 0;
-  // The consumer's stream will empty the slot of this flag: that is queued. A lane that drives itself takes no notice;
-  // one of streams queues the copies that can follow. Throws Error(kDevice).
-  virtual void released(std::uint32_t) {}
+  // The consumer's stream waits for the slot of this flag to be full, or empties it after its use. False: the consumer
+  // does so by the flag. A lane that drives itself answers false; one of streams has cheaper means, and queues the
+  // copies that can follow. Outside captures only. Throws Error(kDevice).
+  virtual bool wait_full(Stream, std::uint32_t) { return false; }
+  virtual bool set_empty(Stream, std::uint32_t) { return false; }
+  // A graph that has just been launched waits for the slot and empties it, both by the flag.
+  virtual void used_by_graph(std::uint32_t) {}
 };
 
 // Times of steps as the device sees them, read without waiting. One thread; at most one step is open.

@@ -151,7 +151,9 @@ def test_a_killed_replica_changes_nothing(
     report = run(config(model, prompts, out, mode=mode), on_event)
     assert answers(out) == alone
     assert report.ranks[victim].fate.startswith("killed by SIGKILL")
-    assert len(report.warnings) == 1
+    *unhelpful, death = report.warnings  # the first ones are the runtimes' own, of a model that small
+    assert sum("sharing saves nothing" in words for words in unhelpful) == 1
+    assert "killed by SIGKILL" in death
 
 
 def left_in_shared_memory() -> list[str]:

@@ -67,75 +67,114 @@ CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr 
     copies_.push_back(op);
     pass_bytes_by_peer_[static_cast<std::size_t>(op.peer)] += op.bytes;
   }
-  empty_.assign(last_flag + 1, true);
-  queue_next();
+  for (std::uint32_t i = 0; i <= last_flag; ++i) slots_.emplace_back(device);
+  const ContextScope scope(device);
+  queue_next(kNoPass);
 }
 
 CopyLane::~CopyLane() { stop(); }
 
-void CopyLane::released(std::uint32_t flag) {
-  empty_[flag] = true;
-  queue_next();
+bool CopyLane::wait_full(Stream stream, std::uint32_t flag) {
+  const Slot& slot = slots_[flag];
+  if (!slot.copied)  // to wait for its event would be to wait for an older copy
+    throw Error(ErrorCode::kDevice, "no copy could be queued for ring slot " + std::to_string(flag) + " on device " +
+                                        std::to_string(device_.ordinal()) + "; an earlier error says why");
+  const ContextScope scope(device_);
+  device_.check(device_.api().cuStreamWaitEvent(static_cast<CUstream>(stream.handle), slot.full.get(), 0),
+                "cuStreamWaitEvent");
+  return true;
 }
 
-void CopyLane::queue_next() {
+bool CopyLane::set_empty(Stream stream, std::uint32_t flag) {
+  Slot& slot = slots_[flag];
   const ContextScope scope(device_);
-  const auto& api = device_.api();
-  while (!stopped_ && empty_[program_[next_].flag]) {
-    empty_[program_[next_].flag] = false;
+  auto* const on = static_cast<CUstream>(stream.handle);
+  if (slot.flagged)
+    device_.check(device_.api().cuStreamWriteValue32(on, this->flag(flag), kEmpty, 0), "cuStreamWriteValue32");
+  device_.check(device_.api().cuEventRecord(slot.used.get(), on), "cuEventRecord");
+  slot.empty = slot.used_by_event = true;
+  queue_next(slot.pass);
+  return true;
+}
+
+void CopyLane::used_by_graph(std::uint32_t flag) {
+  Slot& slot = slots_[flag];
+  slot.empty = true;
+  slot.used_by_event = false;
+  const ContextScope scope(device_);
+  queue_next(kNoPass);
+}
+
+void CopyLane::queue_next(std::uint64_t by_event) {
+  while (!stopped_ && slots_[program_[next_].flag].empty) {
+    Slot& slot = slots_[program_[next_].flag];
+    slot.empty = slot.copied = false;
+    slot.flagged = pass_ != by_event;
+    slot.pass = pass_;
     const Tracer::Session session = tracer_.session();
     const TraceSpan queueing(tracer_, session, {.kind = TraceEvent::Kind::kQueueCopy, .layer = program_[next_].layer});
     do {
-      const LaneOp& op = program_[next_];
-      const auto span = [&](TraceEvent::Kind kind) {
-        return TraceSpan(
-            tracer_, session,
-            {.kind = kind, .track = TraceEvent::Track::kLane, .layer = op.layer, .peer = op.peer, .bytes = op.bytes},
-            TraceSpan::Time::kStream, {stream_.get()});
-      };
-      switch (op.kind) {
-        case LaneOp::Kind::kWait: {
-          const TraceSpan wait = span(TraceEvent::Kind::kWaitEmpty);
-          device_.check(api.cuStreamWaitValue32(stream_.get(), flag(op.flag), op.value, CU_STREAM_WAIT_VALUE_EQ),
-                        "cuStreamWaitValue32");
-        }
-          if (options_.test_delay_us > 0)
-            device_.check(api.cuLaunchHostFunc(stream_.get(), sleep_on_stream, &options_), "cuLaunchHostFunc");
-          break;
-        case LaneOp::Kind::kCopy: {
-          const TraceSpan copy = span(TraceEvent::Kind::kCopy);
-          device_.check(
-              api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()), [&] {
-                return "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer);
-              });
-          ++queued_;
-          break;
-        }
-        case LaneOp::Kind::kGet: {
-          const TraceSpan copy = span(TraceEvent::Kind::kCopy);
-          nvshmem_.getmem_on_stream(op.dst, op.src, op.bytes, op.peer, stream_.get());
-          ++queued_;
-          break;
-        }
-        case LaneOp::Kind::kSignal: {
-          // In this order: what a full flag promises has arrived, and is counted only then.
-          CUstreamBatchMemOpParams both[2] = {};
-          both[0].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                                .address = flag(op.flag),
-                                .value = op.value,
-                                .flags = 0,
-                                .alias = 0};
-          both[1].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                                .address = arrived_.on_device(0),
-                                .value = queued_,
-                                .flags = 0,
-                                .alias = 0};
-          device_.check(api.cuStreamBatchMemOp(stream_.get(), 2, both, 0), "cuStreamBatchMemOp");
-          break;
-        }
-      }
+      queue(program_[next_], slot, session);
       next_ = (next_ + 1) % program_.size();
     } while (program_[next_].kind != LaneOp::Kind::kWait);
+    slot.copied = true;
+    if (next_ == 0) ++pass_;
+  }
+}
+
+void CopyLane::queue(const LaneOp& op, Slot& slot, Tracer::Session session) {
+  const auto& api = device_.api();
+  const auto span = [&](TraceEvent::Kind kind) {
+    return TraceSpan(
+        tracer_, session,
+        {.kind = kind, .track = TraceEvent::Track::kLane, .layer = op.layer, .peer = op.peer, .bytes = op.bytes},
+        TraceSpan::Time::kStream, {stream_.get()});
+  };
+  switch (op.kind) {
+    case LaneOp::Kind::kWait: {
+      const TraceSpan wait = span(TraceEvent::Kind::kWaitEmpty);
+      if (slot.used_by_event)
+        device_.check(api.cuStreamWaitEvent(stream_.get(), slot.used.get(), 0), "cuStreamWaitEvent");
+      else
+        device_.check(api.cuStreamWaitValue32(stream_.get(), flag(op.flag), op.value, CU_STREAM_WAIT_VALUE_EQ),
+                      "cuStreamWaitValue32");
+    }
+      if (options_.test_delay_us > 0)
+        device_.check(api.cuLaunchHostFunc(stream_.get(), sleep_on_stream, &options_), "cuLaunchHostFunc");
+      break;
+    case LaneOp::Kind::kCopy: {
+      const TraceSpan copy = span(TraceEvent::Kind::kCopy);
+      device_.check(api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()), [&] {
+        return "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer);
+      });
+      ++queued_;
+      break;
+    }
+    case LaneOp::Kind::kGet: {
+      const TraceSpan copy = span(TraceEvent::Kind::kCopy);
+      nvshmem_.getmem_on_stream(op.dst, op.src, op.bytes, op.peer, stream_.get());
+      ++queued_;
+      break;
+    }
+    case LaneOp::Kind::kSignal: {
+      if (slot.flagged) {
+        // In this order: what a full flag promises has arrived, and is counted only then.
+        CUstreamBatchMemOpParams both[2] = {};
+        both[0].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                              .address = flag(op.flag),
+                              .value = op.value,
+                              .flags = 0,
+                              .alias = 0};
+        both[1].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                              .address = arrived_.on_device(0),
+                              .value = queued_,
+                              .flags = 0,
+                              .alias = 0};
+        device_.check(api.cuStreamBatchMemOp(stream_.get(), 2, both, 0), "cuStreamBatchMemOp");
+      }
+      device_.check(api.cuEventRecord(slot.full.get(), stream_.get()), "cuEventRecord");
+      break;
+    }
   }
 }
 

@@ -105,12 +105,13 @@ void DeviceStream::synchronize() const {
   device_.check(device_.api().cuStreamSynchronize(stream_), "cuStreamSynchronize");
 }
 
-TimedEvent::TimedEvent(const Device& device) : device_(device) {
+DeviceEvent::DeviceEvent(const Device& device, Kind kind) : device_(device) {
   const ContextScope scope(device);
-  device.check(device.api().cuEventCreate(&event_, CU_EVENT_DEFAULT), "cuEventCreate");
+  device.check(device.api().cuEventCreate(&event_, kind == Kind::kTimed ? CU_EVENT_DEFAULT : CU_EVENT_DISABLE_TIMING),
+               "cuEventCreate");
 }
 
-TimedEvent::~TimedEvent() {
+DeviceEvent::~DeviceEvent() {
   if (event_ == nullptr) return;
   const ContextScope scope(device_);
   device_.api().cuEventDestroy(event_);

@@ -102,13 +102,13 @@ class ServiceStream {
 // means that the device runs nothing any more.
 bool is_pending(CUresult result);
 
-// An event that has times, unlike those that only order.
-class TimedEvent {
+class DeviceEvent {
  public:
-  explicit TimedEvent(const Device& device);  // throws Error(kDevice)
-  ~TimedEvent();
-  TimedEvent(TimedEvent&& other) noexcept : device_(other.device_), event_(std::exchange(other.event_, nullptr)) {}
-  TimedEvent& operator=(TimedEvent&&) = delete;
+  enum class Kind : std::uint8_t { kOrder, kTimed };  // one that only orders costs less
+  DeviceEvent(const Device& device, Kind kind);       // throws Error(kDevice)
+  ~DeviceEvent();
+  DeviceEvent(DeviceEvent&& other) noexcept : device_(other.device_), event_(std::exchange(other.event_, nullptr)) {}
+  DeviceEvent& operator=(DeviceEvent&&) = delete;
   [[nodiscard]] CUevent get() const { return event_; }
 
  private:

@@ -23,7 +23,7 @@ EventClock::EventClock(std::shared_ptr<const Device> device, std::size_t num_mar
     : device_(std::move(device)), idle_(*device_, DeviceStream::Priority::kDefault) {
   const ContextScope scope(*device_);
   events_.reserve(num_marks);
-  while (events_.size() < num_marks) events_.emplace_back(*device_);
+  while (events_.size() < num_marks) events_.emplace_back(*device_, DeviceEvent::Kind::kTimed);
   if (auto anchor = align(Clock::now() + kAlignDeadline)) first_.emplace(std::move(*anchor));
   if (!first_)
     throw Error(ErrorCode::kDeadline, "an event on an idle stream did not pass within " +
@@ -36,7 +36,7 @@ EventClock::EventClock(std::shared_ptr<const Device> device, std::size_t num_mar
 std::optional<EventClock::Anchor> EventClock::align(Clock::time_point deadline) const {
   std::optional<Anchor> best;
   for (int i = 0; i < kAlignments; ++i) {
-    TimedEvent event(*device_);
+    DeviceEvent event(*device_, DeviceEvent::Kind::kTimed);
     const auto before = Clock::now();
     device_->check(device_->api().cuEventRecord(event.get(), idle_.get()), "cuEventRecord");
     CUresult result = CUDA_ERROR_NOT_READY;
@@ -79,7 +79,7 @@ void EventClock::finish(Clock::time_point deadline) noexcept {
   error_ns_ += std::llround(static_cast<double>(trace_ns(Clock::now()) - first_->ns) * kMostDrift);
 }
 
-std::optional<float> EventClock::elapsed_ms(const TimedEvent& event) const {
+std::optional<float> EventClock::elapsed_ms(const DeviceEvent& event) const {
   float ms = 0;
   if (device_->api().cuEventElapsedTime(&ms, first_->event.get(), event.get()) != CUDA_SUCCESS) return std::nullopt;
   return ms;

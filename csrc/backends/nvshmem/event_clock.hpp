@@ -27,18 +27,18 @@ class EventClock final : public StreamClock {
 
  private:
   struct Anchor {  // passed at ns of the host's clock, give or take error_ns
-    TimedEvent event;
+    DeviceEvent event;
     std::int64_t ns;
     std::int64_t error_ns;
   };
   // Empty at the deadline. Throws Error(kDevice).
   [[nodiscard]] std::optional<Anchor> align(Clock::time_point deadline) const;
   // Milliseconds of the device from the first anchor to an event that has passed.
-  [[nodiscard]] std::optional<float> elapsed_ms(const TimedEvent& event) const;
+  [[nodiscard]] std::optional<float> elapsed_ms(const DeviceEvent& event) const;
 
   std::shared_ptr<const Device> device_;
   DeviceStream idle_;
-  std::vector<TimedEvent> events_;
+  std::vector<DeviceEvent> events_;
   std::atomic<std::size_t> next_{0};
   std::optional<Anchor> first_;
   double ns_per_ms_ = 1e6;  // of the host's clock a millisecond of the device's

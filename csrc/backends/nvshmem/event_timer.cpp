@@ -5,7 +5,9 @@ namespace sidp::nvshmem {
 EventTimer::EventTimer(std::shared_ptr<const Device> device) : device_(std::move(device)) {
   const ContextScope scope(*device_);
   pairs_.reserve(kUnderWay);
-  while (pairs_.size() < kUnderWay) pairs_.push_back({TimedEvent(*device_), TimedEvent(*device_)});
+  while (pairs_.size() < kUnderWay)
+    pairs_.push_back(
+        {DeviceEvent(*device_, DeviceEvent::Kind::kTimed), DeviceEvent(*device_, DeviceEvent::Kind::kTimed)});
 }
 
 bool EventTimer::begin(Stream stream) noexcept {

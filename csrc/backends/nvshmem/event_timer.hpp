@@ -21,7 +21,7 @@ class EventTimer final : public StepTimer {
   // An engine that runs further ahead of its GPU has some steps untimed.
   static constexpr std::size_t kUnderWay = 8;
   struct Pair {
-    TimedEvent start, end;
+    DeviceEvent start, end;
     bool failed = false;  // an event could not be recorded
   };
   std::shared_ptr<const Device> device_;
