@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import vllm
 from sidp_runtime import Mode
 from sidp_runtime.errors import ConfigError, UnsupportedError, UsageError
 from sidp_runtime.integrations.vllm import compat, engine, engine_arguments, settings, weights
-from sidp_runtime.integrations.vllm.loader import SidpModelLoader
+from sidp_runtime.integrations.vllm.loader import SidpModelLoader, row_buckets
 from sidp_runtime.integrations.vllm.offloader import PoolOffloader
 from sidp_runtime.integrations.vllm.step import OPERATORS, StepState
 
@@ -197,6 +198,57 @@ def test_piecewise_graphs_that_are_not_cut_would_capture_the_operators(nothing: 
         compat.split_graphs_at(given, OPERATORS)
     given.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     compat.split_graphs_at(given, OPERATORS)
+
+
+def test_owners_capture_only_row_counts_that_occur() -> None:
+    captured = [1, 2, 4, *range(8, 513, 8)]
+    assert row_buckets(256, captured) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert row_buckets(256, [8, 24, 72]) == [8, 24, 72, 256]
+    assert row_buckets(200, [512]) == [200]
+    assert row_buckets(1, captured) == [1]
+    given = plain_settings()
+    given.compilation_config.cudagraph_capture_sizes = [8, 1]
+    assert compat.captured_rows(given) == [1, 8]
+    given.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.NONE
+    assert compat.captured_rows(given) == []
+
+
+def test_an_engine_with_cas_and_graphs_on_gpus_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    arguments = engine_arguments(rank=0, store="h:1", world_size=2, backend="nvshmem", mode="cas")
+    given = plain_settings()
+    mode = vllm.config.CUDAGraphMode[arguments["compilation_config"]["cudagraph_mode"]]
+    assert mode == vllm.config.CUDAGraphMode.PIECEWISE
+    given.compilation_config.cudagraph_mode = mode
+    given.parallel_config.worker_cls = arguments["worker_cls"]
+    given.parallel_config.data_parallel_index = 0
+    given.additional_config = arguments["additional_config"]
+    given.load_config = SimpleNamespace(model_loader_extra_config=arguments["model_loader_extra_config"])
+    compat.check_settings(given)
+    pool = settings.read(given).pool
+    compat.check_backend(pool.backend)
+    compat.check_worker(given)
+    compat.split_graphs_at(given, OPERATORS)
+    assert "sidp::vllm_compute" in given.compilation_config.splitting_ops
+    settings.key_graphs(given, pool)
+    assert given.additional_config["sidp_graph"]["computes"]
+
+
+def test_the_compile_cache_tells_graphs_apart_whatever_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(pool: dict[str, Any], version: int = settings.OPS_VERSION) -> str:
+        monkeypatch.setattr(settings, "OPS_VERSION", version)
+        given = vllm.config.VllmConfig(additional_config={"sidp": pool})
+        settings.key_graphs(given, settings.PoolSettings(**pool))
+        return str(given.compute_hash())
+
+    assert key({}) == key({})
+    assert len({key({}), key({"mode": "was"}), key({}, version=99)}) == 3
+    monkeypatch.setattr(settings, "PoolSettings", functools.partial(settings.PoolSettings, mode="was"))
+    shapes = key({})  # as if another version had another default
+    monkeypatch.undo()
+    assert shapes != key({})
 
 
 def test_without_an_entry_in_additional_config_the_compile_cache_would_mix() -> None:

@@ -162,6 +162,15 @@ def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:
         )
 
 
+def captured_rows(vllm_config: Any) -> list[int]:
+    """Row counts of which CUDA graphs are captured, to which vLLM rounds up; none without graphs."""
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    none = compilation.cudagraph_mode == CUDAGraphMode.NONE
+    return [] if none else sorted(compilation.cudagraph_capture_sizes or [])
+
+
 def set_num_threads(count: int) -> None:
     """Threads of torch's arithmetic, before the engine is made: vLLM takes this call away afterwards."""
     import torch

@@ -73,6 +73,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         compat.check_backend(chosen.pool.backend)
         compat.check_worker(vllm_config)
         compat.split_graphs_at(vllm_config, OPERATORS)
+        settings.key_graphs(vllm_config, chosen.pool)
         group = _join(chosen)
         num_layers = int(model_config.hf_text_config.num_hidden_layers)
         self._offloader = offloader = PoolOffloader(num_layers, functools.partial(_make_pool, group, chosen))
@@ -84,7 +85,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             check_places(offloader.blocks, pool)
             pool.publish()
             with torch.no_grad():
-                runtime = _make_runtime(pool, chosen, offloader.blocks)
+                runtime = _make_runtime(pool, chosen, offloader.blocks, compat.captured_rows(vllm_config))
         except BaseException:
             if offloader.pool is not None and group.device is None:
                 offloader.pool.close()
@@ -92,7 +93,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         finally:
             self._offloader = None
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode])
-        install(model, offloader.blocks, state, with_computes=bool(_ops_wanted(chosen)))
+        install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
         engine = Engine(chosen, group, pool, runtime, state, self._load)
         set_engine(engine)
@@ -127,18 +128,27 @@ def _make_pool(group: Group, chosen: settings.Settings, layers: Sequence[LayerSp
     return WeightPool(group, layers, placement)
 
 
-def _ops_wanted(chosen: settings.Settings) -> bool:
-    return chosen.pool.mode != "was" and chosen.world_size > 1
+def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:
+    """Powers of two, rounded up to the ``captured`` row counts, ascending: with graphs there are no others.
+
+    An owner captures its ops for each of these, so there are not as many as vLLM captures.
+    """
+    sizes = sorted({size for size in captured if size < max_rows} | {max_rows})
+    return sorted({next(s for s in sizes if s >= 1 << bit) for bit in range(max_rows.bit_length())} | {max_rows})
 
 
-def _make_runtime(pool: WeightPool, chosen: settings.Settings, blocks: Sequence[nn.Module]) -> Runtime:
-    wanted = _ops_wanted(chosen)
+def _make_runtime(
+    pool: WeightPool, chosen: settings.Settings, blocks: Sequence[nn.Module], captured: Sequence[int]
+) -> Runtime:
+    wanted = chosen.pool.mode != "was" and chosen.world_size > 1
+    max_rows = chosen.pool.max_rows if wanted else 0
     return Runtime(
         pool,
         # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
         policy=ModePolicy.calibrated_in_turns(pool),
         ops=_ops(pool, blocks) if wanted else (),
-        max_rows=chosen.pool.max_rows if wanted else 0,
+        max_rows=max_rows,
+        row_buckets=row_buckets(max_rows, captured) if wanted and captured else None,
         deadline_ms=environment.deadline_ms() if chosen.own.deadline_ms is None else chosen.own.deadline_ms,
     )
 

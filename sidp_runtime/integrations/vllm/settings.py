@@ -14,6 +14,9 @@ from typing import Any
 from ... import config as environment
 from ...errors import ConfigError
 
+#: To be raised with every change of the operators in the graphs, or of where they are put (``step.py``, ``loader.py``).
+OPS_VERSION = 2
+
 MODES = ("auto", "was", "cas")
 WEIGHTS = ("checkpoint", "dummy")
 
@@ -103,6 +106,15 @@ def read(vllm_config: Any) -> Settings:
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of 0 to {world_size - 1}", rank=rank)
     return Settings(pool, own, rank, world_size, host, port)
+
+
+def key_graphs(vllm_config: Any, pool: PoolSettings) -> None:
+    """Puts what shapes the graphs into what vLLM keys its compile cache by, before it compiles.
+
+    What was left to defaults or the environment does not stand there, nor which operators this version calls.
+    """
+    shape = {"ops_version": OPS_VERSION, "computes": pool.mode != "was"}
+    vllm_config.additional_config = {**vllm_config.additional_config, "sidp_graph": shape}
 
 
 def _rendezvous(pool: PoolSettings, own: RankSettings, rank: int | None) -> environment.Rendezvous:
