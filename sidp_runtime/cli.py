@@ -116,7 +116,7 @@ def vllm_generate(
     replicas: Replicas,
     backend: Backend = "host",
     mode: UsedMode = ModeChoice.auto,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that an engine takes and runs together.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that an engine runs together.")] = 256,
     max_new_tokens: NewTokens = 64,
     dtype: Dtype = DtypeChoice.auto,
     threads_per_replica: Threads = 1,

@@ -15,6 +15,19 @@ ENGINES = ("transformers", "vllm")
 MODES = ("auto", "was", "cas")
 DTYPES = ("float32", "bfloat16", "auto")
 
+#: Arguments of ``vllm.LLM`` that a job sets itself, and what to say instead.
+OWN_ENGINE_ARGUMENTS = {
+    "model": "--model",
+    "dtype": "--dtype",
+    "seed": "--seed",
+    "disable_log_stats": "nothing, as the job reports",
+    "load_format": "nothing, as it is 'sidp'",
+    "model_loader_extra_config": "--deadline-ms",
+    "additional_config": "--replicas, --backend, --mode and --batch-size",
+    "worker_cls": "nothing, as the pool needs its own",
+    "worker_extension_cls": "nothing, as the pool needs its own",
+}
+
 # name, lowest, highest
 _RANGES = (
     ("replicas", 1, 4096),
@@ -36,9 +49,11 @@ class JobConfig:
     arithmetic, ``replicas`` and ``mode`` do not; its default therefore depends on nothing.
     ``deadline_ms``: longest wait of a replica for a peer (default ``SIDP_DEADLINE_MS``). ``silence_ms``: a replica
     that loads or generates and gives no sign of progress for so long is taken for dead. ``seed``: of torch's
-    generator in each replica; greedy decoding draws nothing from it. ``engine``: what runs the model;
-    ``engine_arguments`` go to ``vllm.LLM`` as they are, and ``batch_size`` is then the sequences that an engine runs
-    together.
+    generator in each replica; greedy decoding draws nothing from it.
+
+    ``engine``: what runs the model. With ``vllm`` ``engine_arguments`` go to ``vllm.LLM`` (``OWN_ENGINE_ARGUMENTS`` are
+    refused, ``compilation_config`` is merged), ``batch_size`` is the sequences that an engine runs together, each
+    prompt is handed out and answered alone, and a ``dtype`` of ``auto`` is vLLM's choice.
 
     Raises ``ConfigError`` for a value outside its range.
     """
@@ -66,6 +81,11 @@ class JobConfig:
             raise ConfigError(f"engine {self.engine!r} is not one of {', '.join(ENGINES)}")
         if self.engine_arguments and self.engine != "vllm":
             raise ConfigError("engine_arguments are vLLM's; give them with engine 'vllm'")
+        if own := sorted(set(self.engine_arguments) & set(OWN_ENGINE_ARGUMENTS)):
+            words = "; ".join(f"{name}: give {OWN_ENGINE_ARGUMENTS[name]}" for name in own)
+            raise ConfigError(f"engine_arguments holds what the job sets itself ({words})")
+        if not isinstance(self.engine_arguments.get("compilation_config", {}), (dict, int)):
+            raise ConfigError("engine_arguments: compilation_config must be a JSON object, or a number (vLLM's mode)")
         if self.mode not in MODES:
             raise ConfigError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.dtype not in DTYPES:

@@ -81,6 +81,8 @@ def _signals() -> Iterator[int | None]:
 class Launcher:
     """Runs batches on ``world_size`` replicas. ``settings`` goes to each, with rank, token and store added.
 
+    ``most_held``: batches that a replica has at a time.
+
     ``target``, ``make_store``, ``close_s`` are for tests. ``silence_ms``: see ``JobConfig``.
     """
 
@@ -96,9 +98,11 @@ class Launcher:
         silence_ms: int,
         on_result: OnResult,
         on_event: OnEvent,
+        most_held: int = 1,
         make_store: MakeStore = default_store,
         close_s: float = CLOSE_S,
     ) -> None:
+        self._most_held = most_held
         self._world_size = world_size
         self._settings = settings
         self._batches = {batch.index: batch for batch in batches}
@@ -205,25 +209,25 @@ class Launcher:
     # --- Work -------------------------------------------------------------------------------------------------------
 
     def _work(self, group: ReplicaSet) -> None:
-        queue = BatchQueue(self._batches)
+        queue = BatchQueue(self._batches, self._most_held)
         begin = time.monotonic()
         while not queue.finished:
             for replica in group.alive:
-                if queue.held_by(replica.rank) is None:
+                while replica.alive and queue.has_room(replica.rank) and queue.num_pending:
                     self._give(group, replica, queue)
             self._bury(group, queue)
             for replica, message in self._poll(group):
                 if message is not None and replica.alive:
                     self._hear(group, replica, message, queue)
-            self._drop_silent(group, lambda replica: queue.held_by(replica.rank) is not None)
+            self._drop_silent(group, lambda replica: bool(queue.held_by(replica.rank)))
             self._bury(group, queue)
         self.work_s = time.monotonic() - begin
 
     def _give(self, group: ReplicaSet, replica: Replica, queue: BatchQueue) -> None:
+        if not queue.held_by(replica.rank):
+            replica.heard = time.monotonic()
         index = queue.take(replica.rank)
-        if index is None:
-            return
-        replica.heard = time.monotonic()
+        assert index is not None
         input_ids = [request.input_ids for request in self._batches[index].requests]
         group.send(replica, "batch", batch=index, input_ids=input_ids, max_new_tokens=self._max_new_tokens)
 
@@ -234,8 +238,8 @@ class Launcher:
         elif kind == "result":
             index, sequences, finish = message["batch"], message["sequences"], message["finish"]
             held = queue.held_by(replica.rank)
-            if index != held or not len(sequences) == len(finish) == len(self._batches[index].requests):
-                group.drop(replica, f"answered batch {index} with {len(sequences)} sequences, but had batch {held}")
+            if index not in held or not len(sequences) == len(finish) == len(self._batches[index].requests):
+                group.drop(replica, f"answered batch {index} with {len(sequences)} sequences, but had {held}")
                 return
             # Written first: a batch is done when its lines are on disk.
             self._on_result(replica.rank, index, sequences, finish)
@@ -251,7 +255,7 @@ class Launcher:
             if replica.alive or not replica.ready:
                 continue
             replica.ready = False
-            batch = queue.fail(replica.rank)
+            batches = queue.fail(replica.rank)
             self._on_event("replica_died", replica.rank, replica.words)
             if not group.alive:
                 raise PeerDeadError(
@@ -260,16 +264,18 @@ class Launcher:
                     "from there",
                     rank=replica.rank,
                 )
-            if batch is not None and queue.failures(batch) >= BATCH_FAILURES:
-                ids = ", ".join(repr(request.id) for request in self._batches[batch].requests)
-                raise PeerDeadError(
-                    f"batch {batch} (prompts {ids}) took {queue.failures(batch)} replicas down with it; the last, "
-                    f"{replica.rank}, {replica.words}",
-                    rank=replica.rank,
-                )
+            for batch in batches:
+                if queue.failures(batch) >= BATCH_FAILURES:
+                    ids = ", ".join(repr(request.id) for request in self._batches[batch].requests)
+                    raise PeerDeadError(
+                        f"batch {batch} (prompts {ids}) took {queue.failures(batch)} replicas down with it; the last, "
+                        f"{replica.rank}, {replica.words}",
+                        rank=replica.rank,
+                    )
             left = f"; {len(group.alive)} of {self._world_size} go on" + (
-                "" if batch is None else f" with its batch {batch}"
+                f" with its batch {batches[0]}" if batches else ""
             )
+            left += f" and {len(batches) - 1} more" if len(batches) > 1 else ""
             self._on_event("warning", f"replica {replica.rank} {replica.words}{left}")
 
     def _collect_stats(self, group: ReplicaSet) -> None:

@@ -2,6 +2,7 @@
 
 | from replica | keys |
 | --- | --- |
+| ``starting`` | none: while an engine is set up that does not say how far it is |
 | ``loading`` | ``done``, ``total``: bytes |
 | ``warning`` | ``text``: for the user, before it is ready |
 | ``ready`` | ``memory``: bytes by name, ``load``: bytes and seconds |
@@ -29,6 +30,7 @@ Message = dict[str, Any]
 
 #: By type, the keys that a replica's message has.
 FROM_REPLICA: dict[str, frozenset[str]] = {
+    "starting": frozenset(),
     "loading": frozenset({"done", "total"}),
     "warning": frozenset({"text"}),
     "ready": frozenset({"memory", "load"}),

@@ -11,48 +11,53 @@ from ..errors import UsageError
 class BatchQueue:
     """Hands out whole batches by number; each is done exactly once, whatever dies in between.
 
-    A replica has at most one batch at a time, so the fast take more. A batch that comes back is given out next, as
+    A replica has at most ``most_held`` at a time, so the fast take more. A batch that comes back is given out next, as
     it was: its composition never changes.
     """
 
-    def __init__(self, batches: Iterable[int]) -> None:
+    def __init__(self, batches: Iterable[int], most_held: int = 1) -> None:
+        self._most_held = most_held
         self._pending = deque(batches)
         self._total = len(self._pending)
         if len(set(self._pending)) != self._total:
             raise UsageError(f"{self._total} batches were given, {len(set(self._pending))} of them different")
-        self._in_flight: dict[int, int] = {}  # replica -> batch
+        self._in_flight: dict[int, int] = {}  # batch -> replica
         self._done: set[int] = set()
         self._failures: dict[int, int] = {}
 
     def take(self, replica: int) -> int | None:
-        """The next batch for an idle replica; None when nothing is pending. ``UsageError`` if it has one already."""
-        if replica in self._in_flight:
-            raise UsageError(f"replica {replica} still has batch {self._in_flight[replica]}", rank=replica)
+        """The next batch for a replica that can hold one more; None when nothing is pending. ``UsageError`` if not."""
+        if not self.has_room(replica):
+            raise UsageError(f"replica {replica} still has {self.held_by(replica)}", rank=replica)
         if not self._pending:
             return None
-        batch = self._in_flight[replica] = self._pending.popleft()
+        batch = self._pending.popleft()
+        self._in_flight[batch] = replica
         return batch
 
     def done(self, batch: int) -> int:
         """The batch has its result; returns who had it. ``UsageError`` if nobody has it."""
-        for replica, held in self._in_flight.items():
-            if held == batch:
-                del self._in_flight[replica]
-                self._done.add(batch)
-                return replica
-        raise UsageError(f"batch {batch} is done but in nobody's hands")
+        if batch not in self._in_flight:
+            raise UsageError(f"batch {batch} is done but in nobody's hands")
+        self._done.add(batch)
+        return self._in_flight.pop(batch)
 
-    def fail(self, replica: int) -> int | None:
-        """The replica is gone; the batch it had, which is now first in the queue, or None."""
-        batch = self._in_flight.pop(replica, None)
-        if batch is not None:
-            self._pending.appendleft(batch)
+    def fail(self, replica: int) -> list[int]:
+        """The replica is gone; the batches it had, which are now first in the queue, in the order they were taken."""
+        batches = self.held_by(replica)
+        for batch in batches:
+            del self._in_flight[batch]
             self._failures[batch] = self._failures.get(batch, 0) + 1
-        return batch
+        self._pending.extendleft(reversed(batches))
+        return batches
 
-    def held_by(self, replica: int) -> int | None:
-        """The batch that the replica has."""
-        return self._in_flight.get(replica)
+    def held_by(self, replica: int) -> list[int]:
+        """The batches that the replica has, in the order they were taken."""
+        return [batch for batch, holder in self._in_flight.items() if holder == replica]
+
+    def has_room(self, replica: int) -> bool:
+        """Whether it may take another."""
+        return len(self.held_by(replica)) < self._most_held
 
     def failures(self, batch: int) -> int:
         """How many replicas went down with this batch in their hands."""

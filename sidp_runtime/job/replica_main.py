@@ -85,4 +85,5 @@ def _generate(
     if inbox.closing.is_set():
         return  # broken off: not a result
     num_steps = max(len(sequence) for sequence in sequences)
-    send_result(connection, model.runtime, message["batch"], sequences, finish, num_steps, start)
+    seconds = time.perf_counter() - start
+    send_result(connection, model.runtime, message["batch"], sequences, finish, num_steps, seconds)

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,13 @@ class Inbox:
         """The next message; blocks."""
         return self._messages.get()
 
+    def poll(self) -> protocol.Message | None:
+        """The next message, or None if there is none yet."""
+        try:
+            return self._messages.get_nowait()
+        except queue.Empty:
+            return None
+
     def _read(self) -> None:
         while True:
             try:
@@ -65,6 +73,31 @@ class Rarely:
             return False
         self._last = now
         return True
+
+
+@contextmanager
+def starting(connection: Connection, limit_s: float, interval_s: float = 5.0) -> Iterator[None]:
+    """Says every ``interval_s`` that the replica is being set up, where what is called gives no sign itself.
+
+    For ``limit_s`` at most: a set-up that hangs must show. Nothing else may be sent inside.
+    """
+    stop = threading.Event()
+    limit = time.monotonic() + limit_s
+
+    def speak() -> None:
+        while not stop.wait(interval_s) and time.monotonic() < limit:
+            try:
+                protocol.send(connection, "starting")
+            except OSError:
+                return  # the lifeline ends the process
+
+    thread = threading.Thread(target=speak, name="starting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 Serve = Callable[[dict[str, Any], Connection, Inbox], None]
@@ -122,9 +155,9 @@ def send_result(
     sequences: list[list[int]],
     finish: list[str],
     num_steps: int,
-    start: float,
+    seconds: float,
 ) -> None:
-    """Sends a batch's answers, once it is certain that they are some. ``start``: ``time.perf_counter`` before them."""
+    """Sends a batch's answers, once it is certain that they are some. ``seconds``: of work, no other batch's in it."""
     runtime.check()  # on a GPU an unanswered request shows only here
     protocol.send(
         connection,
@@ -133,5 +166,5 @@ def send_result(
         sequences=sequences,
         finish=finish,
         num_steps=num_steps,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )

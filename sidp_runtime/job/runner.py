@@ -52,8 +52,9 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
     tokenizer, ends, pad = _tokenizer(checkpoint)
     max_length = checkpoint.config.get("max_position_embeddings")
     requests = tokenise(prompts, tokenizer, max_new_tokens=config.max_new_tokens, max_length=max_length)
-    batches = cut(requests, config.batch_size)
-    dtype = resolve_dtype(config.dtype, checkpoint)
+    in_vllm = config.engine == "vllm"  # it makes up its own batches
+    batches = cut(requests, 1 if in_vllm else config.batch_size)
+    dtype = config.dtype if in_vllm else resolve_dtype(config.dtype, checkpoint)
     settings = results_settings(config, checkpoint, requests, dtype, ends, pad)
     with ResultsWriter(
         Path(config.out), settings, [request.id for request in requests], overwrite=config.overwrite
@@ -78,7 +79,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
                 "dtype": dtype,
                 "mode": config.mode,
                 # Of the whole file, so that a job that is taken up again computes as the first run did.
-                "step_rows": step_rows(batches) if config.engine != "vllm" else [config.batch_size],
+                "step_rows": [config.batch_size] if in_vllm else step_rows(batches),
                 "engine_arguments": dict(config.engine_arguments),
                 "gpus": gpus,
                 "threads": config.threads_per_replica,
@@ -91,6 +92,8 @@ def run(config: JobConfig, on_event: OnEvent | None = None, *, target: Target | 
             max_new_tokens=config.max_new_tokens,
             deadline_ms=deadline_ms,
             silence_ms=config.silence_ms,
+            # More than it runs together, so that one always waits for the place of one that ends.
+            most_held=config.batch_size + (config.batch_size + 3) // 4 if in_vllm else 1,
             on_result=job.write,
             on_event=emit,
         )

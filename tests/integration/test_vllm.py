@@ -211,7 +211,7 @@ def test_job_of_three_engines_outlives_one(pair: Pair, model: Path, prompts: lis
             prompts=source,
             out=out,
             replicas=3,
-            batch_size=1,
+            batch_size=2,
             max_new_tokens=NEW_TOKENS,
             dtype="float32",
             engine="vllm",

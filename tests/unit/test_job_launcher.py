@@ -27,7 +27,8 @@ from sidp_runtime.job.prompts import Batch, Request, cut
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(90)]
 
-BATCHES = cut([Request(f"p{i}", i + 1, (i, i + 1)) for i in range(23)], 4)
+REQUESTS = [Request(f"p{i}", i + 1, (i, i + 1)) for i in range(23)]
+BATCHES = cut(REQUESTS, 4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +40,9 @@ def _fork_server() -> None:
 class Job:
     """A launcher on the fake replicas, and all that it said."""
 
-    def __init__(self, tmp_path: Path, world_size: int = 3, batches: list[Batch] = BATCHES, **fake: Any) -> None:
+    def __init__(
+        self, tmp_path: Path, world_size: int = 3, batches: list[Batch] = BATCHES, most_held: int = 1, **fake: Any
+    ) -> None:
         self.log = tmp_path / "starts"
         self.events: list[tuple[Any, ...]] = []
         self.results: dict[int, list[list[int]]] = {}
@@ -56,6 +59,7 @@ class Job:
             silence_ms=4000,
             on_result=self._result,
             on_event=self._event,
+            most_held=most_held,
             make_store=lambda: (None, "", 0),
             close_s=1.0,
         )
@@ -168,6 +172,30 @@ def test_a_lost_replica_loses_nothing(tmp_path: Path, what: str, words: str) -> 
     assert "with its batch 0" in job.said("warning")[0][0]
     assert not job.by_rank.get(0)
     assert [bool(r.stats) for r in found] == [False, True, True]
+
+
+def test_all_that_a_lost_replica_held_goes_to_the_others(tmp_path: Path) -> None:
+    batches = cut(REQUESTS[:14], 1)
+    job = Job(tmp_path, world_size=2, batches=batches, most_held=5, batch={"0:2": "hang", "1": "slow"})
+    job.run()
+    job.check_complete()
+    assert "with its batch 2 and 4 more" in job.said("warning")[0][0]  # 0 and 1 were answered, and replaced
+    assert job.by_rank == {0: 2, 1: 12}
+
+
+def test_setting_up_is_progress_for_a_bounded_time() -> None:
+    mine, theirs = multiprocessing.Pipe()
+    heard = 0
+    with replica_process.starting(theirs, limit_s=1.0, interval_s=0.1):
+        while mine.poll(0.6):
+            assert protocol.receive(mine, protocol.FROM_REPLICA) == {"type": "starting"}
+            heard += 1
+    assert 2 <= heard <= 10
+    with replica_process.starting(theirs, limit_s=60, interval_s=0.1):
+        assert mine.poll(5)
+    while mine.poll(0):
+        mine.recv_bytes()
+    assert not mine.poll(0.3)
 
 
 def test_progress_keeps_a_slow_replica_alive(tmp_path: Path) -> None:
