@@ -20,9 +20,10 @@ SPLITTING_OPS = ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_
 seen: Counter[str] = Counter()
 
 
-def report(worker: Any) -> dict[str, int]:
-    """For ``collective_rpc``."""
-    return dict(seen)
+def report(worker: Any) -> tuple[Counter[str], list[str], dict[str, Any]]:
+    """For ``collective_rpc``: what was ``seen``, where vLLM would have cut, and what keys its compile cache."""
+    config = worker.vllm_config
+    return seen, config.compilation_config.splitting_ops, config.additional_config
 
 
 class Piece:

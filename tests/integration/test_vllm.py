@@ -93,6 +93,8 @@ def engines_of(model: Path, folder: Path, **more: Any) -> Iterator[list[EnginePr
             )
             for rank in range(2)
         ]
+    assert not [path for path in Path("/dev/shm").iterdir() if token in path.name]
+    assert len(list(folder.glob("vllm_dist_*"))) >= 2  # not in a directory that nobody empties
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,9 @@ def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
             graphs.check()
             assert all(stats["steps"][mode] == NEW_TOKENS for stats in graphs.stats())
         for engine in engines:
-            seen = engine.ask(static_graphs.report)
+            seen, splitting_ops, key = engine.ask(static_graphs.report)
+            assert splitting_ops == static_graphs.SPLITTING_OPS
+            assert key["sidp_graph"]["computes"]
             assert seen["sidp.vllm_compute"] == 3 * LAYERS
             assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == LAYERS
             assert seen["replayed"] > seen["captured"] > 3 * LAYERS

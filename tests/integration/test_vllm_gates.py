@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import multiprocessing
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,6 +311,25 @@ def test_a_jobs_engine_arguments_are_merged(
     ):
         merged = llm_arguments(engine_arguments={"compilation_config": given})
         assert merged["compilation_config"] == expected
+
+
+def test_an_engine_that_is_being_set_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    threads: list[str] = []
+
+    def start(given: dict[str, Any]) -> None:
+        threads.extend(thread.name for thread in threading.enumerate())
+        raise Stop
+
+    monkeypatch.setattr(vllm_replica, "_start", start)
+    monkeypatch.setattr(vllm_replica.environment, "prepare_vllm", lambda: None)
+    connection, inbox = multiprocessing.Pipe()[0], None
+    with pytest.raises(Stop):
+        vllm_replica._serve(job_settings(gpus=0), connection, inbox)  # type: ignore[arg-type]
+    assert "starting" in threads  # see test_setting_up_is_progress_for_a_bounded_time
+    assert "starting" not in {thread.name for thread in threading.enumerate()}
 
 
 class CountingEngine:
