@@ -217,7 +217,7 @@ class Launcher:
                     self._give(group, replica, queue)
             self._bury(group, queue)
             for replica, message in self._poll(group):
-                if message is not None and replica.alive:
+                if message is not None and (replica.alive or message["type"] == "error"):
                     self._hear(group, replica, message, queue)
             self._drop_silent(group, lambda replica: bool(queue.held_by(replica.rank)))
             self._bury(group, queue)
@@ -234,6 +234,7 @@ class Launcher:
     def _hear(self, group: ReplicaSet, replica: Replica, message: protocol.Message, queue: BatchQueue) -> None:
         kind = message["type"]
         if kind == "error":
+            replica.words = ""  # it may have ended since, and then says more than its exit code
             group.drop(replica, f"reports {message['error']}: {message['message']}")
         elif kind == "result":
             index, sequences, finish = message["batch"], message["sequences"], message["finish"]
