@@ -83,7 +83,7 @@ test-cpp: build-cpp build-asan build-tsan
 	@$(call ctest,tsan,$(NO_ASLR))
 
 gtest: | $(VENV)/.made
-	@$(call need,test -n "$${GTest_ROOT:-}" || echo | c++ -E -x c++ -include gtest/gtest.h -,libgtest-dev)
+	@$(call need,test -n "$${GTest_ROOT:-}" || echo | c++ -E -x c++ -include gmock/gmock.h -,libgmock-dev)
 build-cpp: $(VENV)/.build-tools gtest
 	@$(call cpp_build,cpp,,AUTO,OFF)
 build-asan: $(VENV)/.build-tools gtest
