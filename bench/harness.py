@@ -26,7 +26,7 @@ class Case:
     """One benchmark, in ``cases/<key>.py``: its ``run(context)`` is called in each of ``world_size`` processes.
 
     ``verification``: what is compared before a figure counts. ``deadline_s``: its processes are killed after it.
-    ``ranks``: processes, at least; on a machine with more GPUs ``every_gpu`` makes it one for each.
+    ``ranks``: processes; on a machine with several GPUs ``every_gpu`` makes it one for each.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Case:
     deadline_s: float = 120
 
     def world_size(self, num_gpus: int) -> int:
-        return max(self.ranks, num_gpus) if self.every_gpu else self.ranks
+        return num_gpus if self.every_gpu and num_gpus > 1 else self.ranks
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -28,8 +30,23 @@ def missing() -> str | None:
     return None
 
 
-def initialise(group: Group, device: int | None) -> int:
-    """Starts NVSHMEM for the ranks of a group and gives the ordinal of this rank's GPU. Collective.
+def check_sharing(gpus: Sequence[str]) -> None:
+    """``ConfigError`` unless each GPU has equally many ranks. ``gpus``: UUIDs by rank.
+
+    NVSHMEM 3 decides in each rank alone whether it takes the collective path of shared GPUs (``is_mpg_run`` in its
+    ``init.cu``), so that ranks that share wait for ever for one that does not.
+    """
+    counts = Counter(gpus)
+    if len(set(counts.values())) > 1:
+        uneven = ", ".join(f"{gpu}: {count}" for gpu, count in counts.items())
+        raise ConfigError(
+            f"NVSHMEM needs equally many ranks on each GPU, and {len(gpus)} ranks lie on {len(counts)} ({uneven}); "
+            "give each rank a GPU of its own, or all of them the same"
+        )
+
+
+def initialise(group: Group, device: int | None) -> tuple[int, list[str]]:
+    """Starts NVSHMEM for the ranks of a group; the ordinal of this rank's GPU, and all ranks' UUIDs. Collective.
 
     Raises ``UnsupportedError`` if something is missing, ``ConfigError`` if the process belongs to another NVSHMEM job,
     ``DeadlineError``.
@@ -45,6 +62,9 @@ def initialise(group: Group, device: int | None) -> int:
 
     device = _torch_gpu.use_device(device)
     job = (group.rank, group.world_size, device)
+    uuid = str(_C.cuda_report()["devices"][device]["uuid"])
+    gpus = [gpu.decode() for gpu in group.all_gather("nvshmem/gpus", uuid.encode())]
+    check_sharing(gpus)
     # One rank with a process of its own and others with a used one would wait for each other in NVSHMEM.
     started = group.all_gather("nvshmem/started", str(int(_job is not None)).encode())
     if len(set(started)) != 1 or _job not in (None, job):
@@ -54,7 +74,7 @@ def initialise(group: Group, device: int | None) -> int:
             rank=group.rank,
         )
     if _job is not None:
-        return device
+        return device, gpus
     import nvshmem.core
     from cuda.core import Device
 
@@ -87,7 +107,7 @@ def initialise(group: Group, device: int | None) -> int:
         _failed = str(errors[0])
         raise DeviceError(f"NVSHMEM did not start on device {device}: {errors[0]}", rank=group.rank) from errors[0]
     _job = job
-    return device
+    return device, gpus
 
 
 def version() -> str:

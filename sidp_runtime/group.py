@@ -66,7 +66,7 @@ class Group:
         self._prefix = f"sidp/{name}"
         self._num_pools = 0
         self._num_turns = 0
-        self._gpus: list[bytes] = []  # UUIDs by rank
+        self._gpus: list[str] = []  # UUIDs by rank
         self._closed = False
         # The counter of a rank's claim is 1 for the first process and more for the others.
         if self._ask("claim the rank", lambda: store.add(f"{self._prefix}/claim/{rank}", 1)) != 1:
@@ -84,8 +84,7 @@ class Group:
         if backend == "nvshmem":
             from . import _nvshmem
 
-            self.device = _nvshmem.initialise(self, device)
-            self._gpus = self.all_gather("gpus", _C.cuda_report()["devices"][self.device]["uuid"].encode())
+            self.device, self._gpus = _nvshmem.initialise(self, device)
 
     @classmethod
     def from_env(cls, *, backend: str = "host", name: str = "default", deadline_ms: int | None = None) -> Group:

@@ -51,6 +51,7 @@ py::typing::Dict<py::str, py::object> to_dict(const RuntimeStats& s) {
   d["reply_wait_ns"] = s.requester.wait_ns;
   d["fallbacks"] = s.requester.fallbacks;
   d["served_by_peer"] = s.service.served_by_peer;
+  d["deferred"] = s.service.deferred;
   d["served_rows"] = s.service.rows;
   d["served_failed"] = s.service.failed;
   d["served_compute_ns"] = s.service.compute_ns;

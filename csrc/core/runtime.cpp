@@ -186,6 +186,7 @@ void Runtime::launched() {
 void Runtime::end_step(bool broken_off) {
   check_in_step("end_step");
   in_step_ = false;
+  if (takes_turns() && kind_ != StepKind::kReplay) end_turn(broken_off);
   if (kind_ == StepKind::kCapture) {
     const bool whole = decision_.mode == Mode::kCas || prefetcher_->step_complete();
     prefetcher_->forget_step();
@@ -240,7 +241,10 @@ void Runtime::end_step(bool broken_off) {
 }
 
 inline const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
-  if (pool_->is_local(layer)) return pool_->local_layer(layer);
+  if (pool_->is_local(layer)) {
+    if (takes_turns()) channel_->begin_turn(stream);
+    return pool_->local_layer(layer);
+  }
   if (decision_.mode != Mode::kWas)
     throw Error(ErrorCode::kUsage,
                 "fetch_layer of streamed layer " + std::to_string(layer) +
@@ -272,14 +276,16 @@ void Runtime::release_layer(Stream stream, LayerIndex layer) {
   check_in_step("release_layer");
   check_stream("release_layer", stream);
   const Tracer::Session session = trace_session();
-  if (session == 0) [[likely]] {
-    if (!pool_->is_local(layer)) prefetcher_->release(stream, layer);
-    return;
-  }
   const bool local = pool_->is_local(layer);
-  use_spans_[static_cast<std::size_t>(layer)].reset();
-  const TraceSpan span(tracer_, session, {.kind = TraceEvent::Kind::kRelease, .layer = layer});
-  if (!local) prefetcher_->release(stream, layer);
+  std::optional<TraceSpan> span;
+  if (session != 0) [[unlikely]] {
+    use_spans_[static_cast<std::size_t>(layer)].reset();
+    span.emplace(tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kRelease, .layer = layer});
+  }
+  if (!local)
+    prefetcher_->release(stream, layer);
+  else if (takes_turns())
+    channel_->end_turn(stream);
 }
 
 void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
@@ -298,7 +304,17 @@ void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const 
   const Tracer::Session session = trace_session();
   const TraceSpan span(tracer_, session, session == 0 ? TraceEvent{} : request_event(layer, op, rows),
                        TraceSpan::Time::kBoth, stream);
-  channel_->compute(stream, layer, op, x, rows, y);
+  const bool local_next = layer + 1 < pool_->placement().num_layers() && pool_->is_local(layer + 1);
+  channel_->compute(stream, layer, op, x, rows, y, local_next);
+}
+
+// What broke a step off, a capture that became invalid among it, is what its caller shall hear of.
+void Runtime::end_turn(bool broken_off) {
+  try {
+    channel_->end_turn(stream_);
+  } catch (const Error&) {
+    if (!broken_off) throw;
+  }
 }
 
 TraceEvent Runtime::request_event(LayerIndex layer, OpIndex op, std::int64_t rows) const {

@@ -96,6 +96,7 @@ struct ServiceStats {
   std::vector<std::uint64_t> served_by_peer;
   std::uint64_t failed = 0;
   std::uint64_t rows = 0;
+  std::uint64_t deferred = 0;  // that had to wait for the owner's own layer
   std::uint64_t compute_ns = 0;
 };
 
@@ -117,8 +118,14 @@ class ActivationChannel {
   // Answers nobody from now on. The request in work is finished.
   virtual void stop() noexcept = 0;
   // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws.
-  virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
-                       std::byte* y) = 0;
+  // local_next: the next layer is local, so with the answer this rank's turn begins.
+  virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
+                       bool local_next) = 0;
+  // Around a local layer of a CaS step, for channels whose services run beside the engine on one device: in this turn
+  // no service begins, and what `stream` does in it follows the services that had begun. Turns do not nest: a second
+  // begin, and an end without one, do nothing; compute() ends a turn. They order work and protect nothing.
+  virtual void begin_turn(Stream) {}
+  virtual void end_turn(Stream) {}
   // Throws Error(kDeadline) or Error(kRemoteOp) if an earlier request was not answered: the results of its step are
   // void. Also Error(kRemoteOp) at an owner that could not launch an op.
   virtual void check() const {}
@@ -165,8 +172,8 @@ class FlagChannel final : public ActivationChannel {
       : requester_(pool, mailbox, options.deadline), service_(pool, mailbox, options.service) {}
   void start() override { service_.start(); }
   void stop() noexcept override { service_.stop(); }
-  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
-               std::byte* y) override {
+  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
+               bool) override {
     requester_.compute(stream, layer, op, x, rows, y);
   }
   [[nodiscard]] bool available(Rank owner) const override { return requester_.available(owner); }

@@ -113,9 +113,11 @@ class Runtime {
   const std::byte* fetch(Stream stream, LayerIndex layer);
   [[nodiscard]] std::optional<Rank> unavailable_peer() const;
   void take_times();
+  [[nodiscard]] bool takes_turns() const { return channel_ && decision_.mode == Mode::kCas; }
   [[nodiscard]] Tracer::Session trace_session() const;  // 0 also while calls go into a graph
   [[nodiscard]] TraceEvent request_event(LayerIndex layer, OpIndex op, std::int64_t rows) const;
   void end_step_span(bool broken_off) noexcept;
+  void end_turn(bool broken_off);
 
   struct UntakenStep {
     Mode mode;

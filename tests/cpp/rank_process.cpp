@@ -134,6 +134,14 @@ class RankProcess {
       workload.step(runtime, {}, random);
       gpu_->hold_context();
       runtime.check();
+    } else if (what == "turn") {
+      turn(runtime);
+    } else if (what == "ask") {
+      await("go");
+      std::mt19937_64 random(8);
+      workload.step(runtime, {}, random);
+      gpu_->wait();
+      mark("answered");
     } else if (what == "trace_room") {
       check_trace_room(runtime, workload);
     } else if (what == "stuck_get") {  // the copy into a slot that is released while gets no longer arrive
@@ -205,6 +213,21 @@ class RankProcess {
     }
   }
 
+  // An engine in a local layer of a CaS step: how=held, how=released, or how=ended, the step without a release.
+  void turn(Runtime& runtime) {
+    const Stream stream = gpu_->hooks().stream;
+    LayerIndex local = 0;
+    while (!runtime.pool().is_local(local)) ++local;
+    runtime.begin_step(stream, 1);
+    (void)runtime.fetch_layer(stream, local);
+    if (text("how", "held") == "released") runtime.release_layer(stream, local);
+    if (text("how", "held") == "ended") runtime.end_step(/*broken_off=*/true);
+    gpu_->wait();
+    mark("in turn");
+    await("end");
+    if (text("how", "held") != "ended") runtime.end_step(/*broken_off=*/true);
+  }
+
   // Pools one after the other on a device where others take memory and give it back in between.
   void reopen(const std::shared_ptr<Bootstrap>& bootstrap) {
     gpu_->set_total(static_cast<std::size_t>(number("total", 0)));
@@ -268,6 +291,7 @@ class RankProcess {
     note("requests", requests);
     note("rows", stats.requester.rows_sent);
     note("served", served);
+    note("deferred", stats.service.deferred);
     note("copied", copied);
   }
 

@@ -76,6 +76,25 @@ TEST(GpuBackend, StepsAreTimedOnTheirStream) {
   }
 }
 
+// A request waits while its owner computes a layer of its own, and not for ever: rank 1's step ends in any case.
+TEST(GpuBackend, RequestsWaitForTheOwnersTurn) {
+  for (const std::string how : {"held", "released", "ended"}) {
+    SCOPED_TRACE("turn " + how);
+    RankGroup group(2, gpu({"mode=cas", "linger=1"}));
+    group.start(0, {"do=turn", "how=" + how});
+    group.start(1, {"do=ask"});
+    group.wait_for_mark(0, "in turn");
+    group.set_mark("go");
+    group.wait_for_mark(1, "answered");
+    group.set_mark("end");
+    group.set_mark("stop");
+    expect_all_finish(group, 2);
+    EXPECT_GT(number(group.result(0), "served"), 0);
+    EXPECT_EQ(number(group.result(0), "deferred") > 0, how == "held");
+    EXPECT_EQ(number(group.result(1), "deferred"), 0);
+  }
+}
+
 TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
   for (const std::string mode : {"was", "cas"}) {
     SCOPED_TRACE("mode " + mode);

@@ -1,4 +1,4 @@
-// Drives the two kernels of the activation channel on ordinary memory of one GPU, through the backend's own launch
+// Drives the kernels of the activation channel on ordinary memory of one GPU, through the backend's own launch
 // code, and compares every byte: for compute-sanitizer, under which NVSHMEM does not start. Exit status 1 on a
 // mismatch.
 //
@@ -90,13 +90,22 @@ class Check {
       take(shape, kNotAnswered);
     }
     put_sets_its_word_last();
+    turns();
     for (int i = 0; i < 20; ++i) exchange(i % 4 == 3);
     std::printf("%zu shapes and 20 exchanges of rows are right\n", shapes.size());
   }
 
  private:
   // Words in host memory, a line each, and the counters that the kernels keep.
-  enum : ByteCount { kRequest = 0, kReply = 64, kFailed = 128, kCountsHost = 192 };
+  enum : ByteCount {
+    kRequest = 0,
+    kReply = 64,
+    kFailed = 128,
+    kCountsHost = 192,
+    kTurn = 256,
+    kLaunched = 264,
+    kServedHost = 272
+  };
 
   [[nodiscard]] std::uint32_t word(ByteCount at) const { return words_.word<std::uint32_t>(at).load(); }
   void set(ByteCount at, std::uint32_t value) const { words_.word<std::uint32_t>(at).store(value); }
@@ -167,9 +176,8 @@ class Check {
       const Guarded dst(*this, shape.dst_offset, shape.bytes);
       const Filled tight(*this, shape.dst_offset, Bytes(shape.bytes));
       set(kRequest, 0);
-      kernels_.put(engine_.get(), tight.at, src.at, shape.bytes, 0, 0, finished_.at(0));
-      kernels_.put(engine_.get(), dst.at(), src.at, shape.bytes, with_word ? words_.at(kRequest) : 0, kRequested,
-                   finished_.at(0));
+      launch_put(engine_, tight.at, src.at, shape.bytes, 0);
+      launch_put(engine_, dst.at(), src.at, shape.bytes, with_word ? words_.at(kRequest) : 0);
       engine_.synchronize();
       dst.expect(rows, what);
       require(word(kRequest) == (with_word ? kRequested : 0), what + ": wrong word");
@@ -177,7 +185,19 @@ class Check {
     expect_finished(what);
   }
 
-  void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows) {
+  void launch_put(const DeviceStream& stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr word,
+                  std::uint32_t value = kRequested) const {
+    const bool service = &stream == &service_;
+    kernels_.put(stream.get(), dst, src, bytes,
+                 {.word = word,
+                  .value = value,
+                  .finished = (service ? finished_service_ : finished_).at(0),
+                  .turn = service ? 0 : words_.at(kTurn),
+                  .served = service && word != 0 ? served_.at(0) : 0,
+                  .served_host = words_.at(kServedHost)});
+  }
+
+  void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows, bool turn = false) {
     kernels_.take(engine_.get(), dst, src, bytes,
                   {.flag = words_.at(kReply),
                    .request = words_.at(kRequest),
@@ -186,7 +206,8 @@ class Check {
                    .counts = counts_.at(0),
                    .counts_host = words_.at(kCountsHost),
                    .failed_host = words_.at(kFailed),
-                   .finished = finished_take_.at(0)});
+                   .finished = finished_take_.at(0),
+                   .turn = turn ? turn_words() : Kernels::TurnWords{}});
     expected_[0] += 1, expected_[1] += rows, expected_[2] += bytes;
   }
 
@@ -224,12 +245,62 @@ class Check {
       const Bytes rows = pattern(kBytes);
       const Filled src(*this, 0, rows);
       set(kRequest, 0);
-      kernels_.put(engine_.get(), dst.at(0), src.at, kBytes, words_.at(kRequest), kRequested, finished_.at(0));
+      launch_put(engine_, dst.at(0), src.at, kBytes, words_.at(kRequest));
       await(kRequest, kRequested, "put into host memory");
       require(std::equal(rows.begin(), rows.end(), dst.data()), "put into host memory: its word came before its bytes");
       engine_.synchronize();
     }
     set(kRequest, 0);
+  }
+
+  [[nodiscard]] Kernels::TurnWords turn_words() const {
+    return {.turn = words_.at(kTurn), .launched_host = words_.at(kLaunched), .served = served_.at(0)};
+  }
+
+  // The engine's turn begins after the answers that were launched before it, if these come, and ends with its next put.
+  void turns() {
+    const auto word64 = [&](ByteCount at) { return words_.word<std::uint64_t>(at); };
+    const Filled rows(*this, 0, pattern(64));
+    const Guarded dst(*this, 0, 64);
+    for (const bool with_take : {false, true}) {
+      const std::string what = with_take ? "turn that begins with an answer" : "turn";
+      const auto begin = [&] {
+        set(kReply, kAnswered);
+        if (with_take)
+          launch_take(dst.at(), rows.at, 64, 1, true);
+        else
+          kernels_.turn(engine_.get(), turn_words());
+      };
+      begin();
+      engine_.synchronize();
+      require(word64(kTurn) == 1, what + ": not begun");
+      launch_put(engine_, dst.at(), rows.at, 64, 0);
+      engine_.synchronize();
+      require(word64(kTurn) == 0, what + ": a put did not end it");
+
+      const std::uint64_t served = word64(kServedHost);
+      word64(kLaunched) = served + 1;
+      const auto start = Clock::now();
+      begin();
+      engine_.synchronize();
+      require(Clock::now() - start > Milliseconds(9), what + ": it did not wait for an answer that was launched");
+      require(Clock::now() - start < kDeadline, what + ": it waited for ever");
+      if (!serial_) begin();  // which this answer ends:
+      const auto answered = Clock::now();
+      launch_put(service_, dst.at(), rows.at, 64, words_.at(kReply), 0);
+      engine_.synchronize();
+      require(serial_ || Clock::now() - answered < Milliseconds(9), what + ": the answer did not let it go on");
+      service_.synchronize();
+      require(word64(kServedHost) == served + 1, what + ": an answer was not counted");
+      const auto again = Clock::now();
+      begin();
+      engine_.synchronize();
+      require(Clock::now() - again < Milliseconds(9), what + ": it waited for an answer that had been put");
+      launch_put(engine_, dst.at(), rows.at, 64, 0);
+      engine_.synchronize();
+    }
+    word64(kFailed) = 0;
+    set(kReply, 0);
   }
 
   // A request as the channel makes it, and an answer of two outputs, or none: then the host releases the requester.
@@ -239,7 +310,7 @@ class Check {
     const Bytes x = pattern(kBytes);
     const Filled rows(*this, 0, x);
     const Guarded slot(*this, 0, kBytes), reply(*this, 0, kBytes), y(*this, 0, kBytes);
-    kernels_.put(engine_.get(), slot.at(), rows.at, kBytes, words_.at(kRequest), kRequested, finished_.at(0));
+    launch_put(engine_, slot.at(), rows.at, kBytes, words_.at(kRequest));
     const auto queue_take = [&] {
       device_.check(
           device_.api().cuStreamWaitValue32(engine_.get(), words_.at(kReply), kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
@@ -253,9 +324,8 @@ class Check {
       std::this_thread::sleep_for(Milliseconds(5));
       set(kReply, kNotAnswered);
     } else {
-      kernels_.put(service_.get(), reply.at(), slot.at(), kFirst, 0, kAnswered, finished_service_.at(0));
-      kernels_.put(service_.get(), reply.at() + kFirst, slot.at() + kFirst, kBytes - kFirst, words_.at(kReply),
-                   kAnswered, finished_service_.at(0));
+      launch_put(service_, reply.at(), slot.at(), kFirst, 0, kAnswered);
+      launch_put(service_, reply.at() + kFirst, slot.at() + kFirst, kBytes - kFirst, words_.at(kReply), kAnswered);
       if (serial_) service_.synchronize();
     }
     if (serial_) queue_take();
@@ -277,6 +347,7 @@ class Check {
   DeviceBuffer finished_take_{device_, 4, "words"};
   DeviceBuffer finished_service_{device_, 4, "words"};
   DeviceBuffer counts_{device_, 24, "words"};
+  DeviceBuffer served_{device_, 8, "words"};
   std::uint64_t expected_[3] = {};
   std::uint32_t seed_ = 0;
 };

@@ -58,10 +58,11 @@ class RankContext:
         return _torch.connect_store("127.0.0.1", self.port, 10_000)
 
     def device(self, backend: str) -> torch.device:
-        """Where a backend's pool lies: ranks share the GPUs in turn, so one GPU is enough for tests of two."""
+        """Where a backend's pool lies: ranks share the GPUs in turn, equally many on each, as NVSHMEM demands."""
         if backend == "host":
             return torch.device("cpu")
-        return torch.device("cuda", self.rank % torch.cuda.device_count())
+        used = max(n for n in range(1, torch.cuda.device_count() + 1) if self.world_size % n == 0)
+        return torch.device("cuda", self.rank % used)
 
     def group(
         self, *, deadline_ms: int = 10_000, store: Store | None = None, backend: str = "host", **arguments: Any

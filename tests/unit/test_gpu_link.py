@@ -22,7 +22,7 @@ MAPPED = b"layer %d as mapped here"
 def pool_of(rank: int, gpus: list[str]) -> Any:
     """Layers of rising sizes, three of each rank, and the group's GPUs by UUID."""
     group = Group.__new__(Group)
-    group.rank, group._gpus = rank, [uuid.encode() for uuid in gpus]
+    group.rank, group._gpus = rank, gpus
     sizes = [1 << (10 + i) for i in range(3 * len(gpus))]
     return SimpleNamespace(group=group, placement=Placement.by_layer(sizes, len(gpus)), core=None)
 

@@ -118,6 +118,7 @@ void CopyLane::queue_next(std::uint64_t by_event) {
       next_ = (next_ + 1) % program_.size();
     } while (program_[next_].kind != LaneOp::Kind::kWait);
     slot.copied = true;
+    slot.number = queued_;
     if (next_ == 0) ++pass_;
   }
 }
@@ -197,7 +198,14 @@ bool CopyLane::stop() noexcept {
 
 LaneStats CopyLane::stats() const {
   const std::lock_guard lock(mutex_);
-  arrived_total_ += static_cast<std::uint32_t>(arrived_.load(0)) - static_cast<std::uint32_t>(arrived_total_);
+  const auto count_up_to = [&](std::uint32_t number) {  // the low half of a count that only grows
+    if (const auto more = static_cast<std::int32_t>(number - static_cast<std::uint32_t>(arrived_total_)); more > 0)
+      arrived_total_ += static_cast<std::uint32_t>(more);
+  };
+  count_up_to(static_cast<std::uint32_t>(arrived_.load(0)));
+  const ContextScope scope(device_);
+  for (const Slot& slot : slots_)  // copies that set no flag: their slots' events tell
+    if (slot.copied && device_.api().cuEventQuery(slot.full.get()) == CUDA_SUCCESS) count_up_to(slot.number);
   LaneStats stats{.copies = arrived_total_, .bytes_by_peer = pass_bytes_by_peer_, .copy_ns = 0, .wait_ns = 0};
   const std::uint64_t passes = arrived_total_ / copies_.size();
   for (ByteCount& bytes : stats.bytes_by_peer) bytes *= passes;

@@ -64,6 +64,7 @@ class CopyLane final : public Lane {
     bool used_by_event = false;  // the release was an event, not the flag
     bool flagged = false;        // the copy sets the flag too
     std::uint64_t pass = 0;      // of its copy
+    std::uint32_t number = 0;    // of its copy: as many had been queued with it
   };
   static constexpr std::uint64_t kNoPass = ~std::uint64_t{0};
 
@@ -87,12 +88,11 @@ class CopyLane final : public Lane {
   bool stopped_ = false;
   bool abandoned_ = false;  // stopped with copies under way
   Landing landing_;
-  HostWords
-      arrived_;  // word 0: low 32 bits of the number of copies that have arrived, as of the last that set its flag
+  HostWords arrived_;  // word 0: as arrived_total_, of copies that set their flag
   DeviceStream stream_;
   std::vector<ByteCount> pass_bytes_by_peer_;
   mutable std::mutex mutex_;
-  mutable std::uint64_t arrived_total_ = 0;  // arrived_ without the wrap; under mutex_
+  mutable std::uint64_t arrived_total_ = 0;  // copies that have arrived, as far as was looked; under mutex_
 };
 
 }  // namespace sidp::nvshmem

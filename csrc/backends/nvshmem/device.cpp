@@ -169,4 +169,8 @@ std::uint64_t HostWords::load(std::size_t index) const {
   return std::atomic_ref<std::uint64_t>(words_[index]).load(std::memory_order_acquire);
 }
 
+void HostWords::store(std::size_t index, std::uint64_t value) const {
+  std::atomic_ref<std::uint64_t>(words_[index]).store(value, std::memory_order_release);
+}
+
 }  // namespace sidp::nvshmem

@@ -133,7 +133,7 @@ class DeviceBuffer final : public LocalBuffer {
   std::shared_ptr<const bool> kept_;
 };
 
-// Page-locked host words of 64 bits that kernels and streams write and this process's threads read; zeroed. A stream
+// Page-locked host words of 64 bits that kernels and streams share with this process's threads; zeroed. A stream
 // that writes 32 bits sets the lower half.
 class HostWords {
  public:
@@ -142,6 +142,7 @@ class HostWords {
   HostWords(const HostWords&) = delete;
   HostWords& operator=(const HostWords&) = delete;
   [[nodiscard]] std::uint64_t load(std::size_t index) const;
+  void store(std::size_t index, std::uint64_t value) const;
   void abandon() noexcept { abandoned_ = true; }  // a stream may still write them, so they stay
   [[nodiscard]] CUdeviceptr on_device(std::size_t index) const { return mapped_ + index * sizeof(std::uint64_t); }
 

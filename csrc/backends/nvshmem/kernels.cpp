@@ -31,6 +31,7 @@ Kernels::Kernels(const Device& device) : device_(device) {
   };
   put_ = look_up("sidp_put");
   take_ = look_up("sidp_take");
+  turn_ = look_up("sidp_turn");
 }
 
 Kernels::~Kernels() {
@@ -38,9 +39,9 @@ Kernels::~Kernels() {
   device_.api().cuLibraryUnload(library_);
 }
 
-void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr word,
-                  std::uint32_t value, CUdeviceptr finished) const {
-  void* arguments[] = {&dst, &src, &bytes, &word, &value, &finished};
+void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const {
+  PutWords w = words;
+  void* arguments[] = {&dst, &src, &bytes, &w.word, &w.value, &w.finished, &w.turn, &w.served, &w.served_host};
   device_.check(
       device_.api().cuLaunchKernel(put_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
       "launch of sidp_put");
@@ -48,11 +49,19 @@ void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount b
 
 void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
   TakeWords w = words;
-  void* arguments[] = {&dst,          &src,      &bytes,         &w.flag,        &w.request, &w.sent_rows,
-                       &w.sent_bytes, &w.counts, &w.counts_host, &w.failed_host, &w.finished};
+  void* arguments[] = {
+      &dst,      &src,           &bytes,         &w.flag,     &w.request,   &w.sent_rows,          &w.sent_bytes,
+      &w.counts, &w.counts_host, &w.failed_host, &w.finished, &w.turn.turn, &w.turn.launched_host, &w.turn.served};
   device_.check(
       device_.api().cuLaunchKernel(take_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
       "launch of sidp_take");
+}
+
+void Kernels::turn(CUstream stream, const TurnWords& words) const {
+  TurnWords w = words;
+  void* arguments[] = {&w.turn, &w.launched_host, &w.served};
+  device_.check(device_.api().cuLaunchKernel(turn_, 1, 1, 1, 1, 1, 1, 0, stream, arguments, nullptr),
+                "launch of sidp_turn");
 }
 
 }  // namespace sidp::nvshmem

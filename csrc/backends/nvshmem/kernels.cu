@@ -1,4 +1,4 @@
-// The two kernels of the activation channel. What follows the copy is done by the last block to finish. Words in host
+// The kernels of the activation channel. What follows the copy is done by the last block to finish. Words in host
 // memory are a microsecond away, and a fence that follows a store to one waits for it: so few accesses, and no fence that
 // the end of the kernel makes superfluous. (A take whose blocks all read the flag with acquire took 33 us instead of 4.)
 #include <cstdint>
@@ -17,6 +17,30 @@ __device__ inline std::uint32_t load(const std::uint32_t* word) {
   std::uint32_t value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
+}
+
+__device__ inline std::uint64_t load(const std::uint64_t* word) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ inline std::uint64_t now_ns() {
+  std::uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// Turns order work, they protect nothing: so a wait for one ends, come what may.
+constexpr std::uint64_t kLongestWaitNs = 10'000'000;
+
+// The engine's own layer waits here for the services that were launched before it.
+__device__ inline void wait_for_services(std::uint64_t seen_launched, const std::uint64_t* launched_host,
+                                         const std::uint64_t* served) {
+  if (load(served) >= seen_launched) return;
+  const std::uint64_t start = now_ns();
+  while (load(served) < load(launched_host) && now_ns() - start < kLongestWaitNs) {
+  }
 }
 
 __device__ inline void copy_bytes(char* dst, const char* src, std::uint64_t bytes) {
@@ -57,30 +81,52 @@ struct Counts {
 
 }  // namespace
 
-// Copies rows to another GPU, or to the own one, and then sets a word there; word may be null.
+// Copies rows to another GPU, or to the own one, and then sets a word there; word may be null. turn: of this rank's
+// engine, which ends here (or null). served, served_host: the service's count of answers, on the device and for the
+// host, which this one adds to (or null).
 extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* word,
-                                    std::uint32_t value, unsigned* finished) {
+                                    std::uint32_t value, unsigned* finished, std::uint64_t* turn, std::uint64_t* served,
+                                    std::uint64_t* served_host) {
+  if (turn != nullptr && blockIdx.x == 0 && threadIdx.x == 0) store(turn, 0);
   copy_bytes(dst, src, bytes);
-  if (last_to_finish<__threadfence_system>(finished) && word != nullptr) store(word, value);
+  if (!last_to_finish<__threadfence_system>(finished)) return;
+  if (word != nullptr) store(word, value);
+  if (served == nullptr) return;
+  const std::uint64_t count = *served + 1;
+  store(served, count);
+  store(served_host, count);
+}
+
+// Takes the engine's turn before a layer of its own; see csrc/DESIGN.md.
+extern "C" __global__ void sidp_turn(std::uint64_t* turn, const std::uint64_t* launched_host,
+                                     const std::uint64_t* served) {
+  store(turn, 1);
+  wait_for_services(load(launched_host), launched_host, served);
 }
 
 // Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or 2,
 // no answer: then the copy is of no use, and failed_host says so. request: the requester's word at the owner, set back to
-// 0. sent_rows, sent_bytes: of the request, for the counts, which are kept on the device and copied to the host.
+// 0. sent_rows, sent_bytes: of the request, for the counts, which are kept on the device and copied to the host. turn:
+// the engine's, which it takes here because a layer of its own comes next (or null).
 extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
                                      std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
                                      Counts* counts, Counts* counts_host, std::uint64_t* failed_host,
-                                     unsigned* finished) {
+                                     unsigned* finished, std::uint64_t* turn, const std::uint64_t* launched_host,
+                                     const std::uint64_t* served) {
   const bool looks = blockIdx.x == 0 && threadIdx.x == 0;
+  if (looks && turn != nullptr) store(turn, 1);
   const std::uint32_t state = looks ? load(flag) : 1;  // on its way while this thread copies
+  const std::uint64_t launched = looks && turn != nullptr ? load(launched_host) : 0;  // likewise
   copy_bytes(dst, src, bytes);
   if (state != 1) store(failed_host, 1);
-  if (!last_to_finish<__threadfence>(finished)) return;
-  store(flag, 0);
-  store(request, 0);
-  const Counts now{counts->answers + 1, counts->rows + sent_rows, counts->bytes + sent_bytes};
-  *counts = now;
-  store(&counts_host->rows, now.rows);
-  store(&counts_host->bytes, now.bytes);
-  store(&counts_host->answers, now.answers);
+  if (last_to_finish<__threadfence>(finished)) {
+    store(flag, 0);
+    store(request, 0);
+    const Counts now{counts->answers + 1, counts->rows + sent_rows, counts->bytes + sent_bytes};
+    *counts = now;
+    store(&counts_host->rows, now.rows);
+    store(&counts_host->bytes, now.bytes);
+    store(&counts_host->answers, now.answers);
+  }
+  if (looks && turn != nullptr) wait_for_services(launched, launched_host, served);
 }

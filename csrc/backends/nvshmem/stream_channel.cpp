@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/prctl.h>
 
+#include <algorithm>
 #include <string>
 
 #include "sidp/error.hpp"
@@ -12,23 +13,17 @@ namespace sidp::nvshmem {
 namespace {
 
 constexpr std::uint32_t kAnswered = 1;
-constexpr std::uint32_t kNotAnswered = 2;
 
 // A thread that has just served spins, because in a CaS step the next request follows within a layer's time; after that
 // it naps, so that an idle group costs no core.
 constexpr std::chrono::milliseconds kSpin{5};
 constexpr std::chrono::microseconds kNap{20};
-// After an owner's process has ended its GPU work may still finish; only then is a request that it took run again.
-constexpr Milliseconds kGrace{300};
-constexpr std::chrono::milliseconds kLivenessCheck{2};
 constexpr std::chrono::microseconds kWatchPause{500};
 constexpr Milliseconds kStopDeadline{10000};
-
-std::atomic_ref<std::uint32_t> atomic(std::uint32_t* word) { return std::atomic_ref<std::uint32_t>(*word); }
-
-std::int64_t ms_since(Clock::time_point start) {
-  return std::chrono::duration_cast<Milliseconds>(Clock::now() - start).count();
-}
+// A request waits for the engine's turn to end for as long as so many ops take, within these bounds: if the engine's
+// own layer takes longer than that, both are better off beside each other.
+constexpr int kPatience = 4;
+constexpr std::chrono::microseconds kLeastPatience{100}, kMostPatience{5000};
 
 }  // namespace
 
@@ -42,7 +37,7 @@ Request Request::from(std::uint32_t word) {
 }
 
 // Lines of words on the device: counts of answers by owner, block counters of the engine's put and take by owner, block
-// counter of the service's puts.
+// counter of the service's puts, count of its answers.
 StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox,
                              ChannelMemory memory, const ChannelOptions& options)
     : device_(std::move(device)),
@@ -53,12 +48,13 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       rank_(pool.backend().rank()),
       world_size_(pool.backend().world_size()),
       kernels_(*device_),
-      host_(*device_, kCounts * static_cast<std::size_t>(world_size_) + 1),
-      words_(*device_, (3 * static_cast<ByteCount>(world_size_) + 1) * 64, "words of the activation channel"),
+      host_(*device_, index(HostWord::kNumWords)),
+      words_(*device_, (3 * static_cast<ByteCount>(world_size_) + 2) * 64, "words of the activation channel"),
       service_stream_(device_),
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
       stand_ins_(static_cast<std::size_t>(world_size_)),
+      deferred_since_(static_cast<std::size_t>(world_size_)),
       served_by_peer_(static_cast<std::size_t>(world_size_)) {
   if (pool.placement().num_layers() > Request::kMaxLayers || mailbox.ops().size() > Request::kMaxOps ||
       mailbox.max_rows() > Request::kMaxRows)
@@ -120,14 +116,41 @@ void StreamChannel::put_answer(Stream stream, Rank owner, Rank requester,
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const bool last = i + 1 == sources.size();
     kernels_.put(static_cast<CUstream>(stream.handle), dst, device_pointer(sources[i].first), sources[i].second,
-                 last ? memory_.reply(requester, owner).device : 0, kAnswered,
-                 local_word(3 * static_cast<std::size_t>(world_size_)));
+                 {.word = last ? memory_.reply(requester, owner).device : 0,
+                  .value = kAnswered,
+                  .finished = local_word(3 * static_cast<std::size_t>(world_size_)),
+                  .turn = 0,
+                  .served = last ? served_word() : 0,
+                  .served_host = last ? host_.on_device(index(HostWord::kServed)) : 0});
     dst += sources[i].second;
   }
 }
 
+CUdeviceptr StreamChannel::served_word() const { return local_word(3 * static_cast<std::size_t>(world_size_) + 1); }
+
+Kernels::TurnWords StreamChannel::turn_words() const {
+  return {.turn = host_.on_device(index(HostWord::kTurn)),
+          .launched_host = host_.on_device(index(HostWord::kLaunched)),
+          .served = served_word()};
+}
+
+void StreamChannel::begin_turn(Stream stream) {
+  if (in_turn_) return;
+  const ContextScope scope(*device_);
+  kernels_.turn(static_cast<CUstream>(stream.handle), turn_words());
+  in_turn_ = true;
+}
+
+void StreamChannel::end_turn(Stream stream) {
+  if (!in_turn_) return;
+  in_turn_ = false;
+  const ContextScope scope(*device_);
+  device_->check(device_->api().cuStreamWriteValue32(static_cast<CUstream>(stream.handle), turn_words().turn, 0, 0),
+                 "cuStreamWriteValue32");
+}
+
 void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
-                            std::byte* y) {
+                            std::byte* y, bool local_next) {
   static_cast<void>(mailbox_.kernel(layer, op));  // throws for an unknown op
   const Op& entry = mailbox_.ops()[static_cast<std::size_t>(op)];
   const Request request{layer, op, mailbox_.bucket(layer, rows)};
@@ -139,8 +162,13 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   auto* const on = static_cast<CUstream>(stream.handle);
   const CUdeviceptr reply = memory_.reply(rank_, owner).device;
   const CUdeviceptr word = memory_.request(owner, rank_).device;
-  kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes, word, request.word(),
-               local_word(world + peer));
+  kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes,
+               {.word = word,
+                .value = request.word(),
+                .finished = local_word(world + peer),
+                .turn = in_turn_ ? turn_words().turn : 0,
+                .served = 0,
+                .served_host = 0});
   device_->check(device_->api().cuStreamWaitValue32(on, reply, kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
                  "cuStreamWaitValue32");
   kernels_.take(on, device_pointer(y),
@@ -152,8 +180,10 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                  .sent_bytes = in_bytes,
                  .counts = local_word(peer),
                  .counts_host = host_.on_device(answers_index(owner)),
-                 .failed_host = host_.on_device(failed_index()),
-                 .finished = local_word(2 * world + peer)});
+                 .failed_host = host_.on_device(index(HostWord::kFailed)),
+                 .finished = local_word(2 * world + peer),
+                 .turn = local_next ? turn_words() : Kernels::TurnWords{}});
+  in_turn_ = local_next;
 }
 
 bool StreamChannel::claim(Rank owner, Rank requester, std::uint32_t word) const {
@@ -165,6 +195,7 @@ void StreamChannel::run() {
   auto last_request = Clock::now();
   while (!stop_.load(std::memory_order_relaxed)) {
     const bool busy = take_requests();
+    time_services();
     const auto now = Clock::now();
     if (busy) last_request = now;
     if (now - last_request < kSpin)
@@ -182,11 +213,50 @@ bool StreamChannel::take_requests() {
     if (const std::uint32_t own = stand_ins_[static_cast<std::size_t>(requester)].exchange(0); own != 0)
       stand_in(requester, Request::from(own));
     const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
-    if ((word & Request::kWaiting) == 0 || !claim(rank_, requester, word)) continue;
+    if ((word & Request::kWaiting) == 0) continue;
     any = true;
-    serve(requester, Request::from(word));
+    if (may_serve(requester) && claim(rank_, requester, word)) serve(requester, Request::from(word));
   }
   return any;
+}
+
+bool StreamChannel::may_serve(Rank requester) {
+  std::optional<Clock::time_point>& since = deferred_since_[static_cast<std::size_t>(requester)];
+  if (host_.load(index(HostWord::kTurn)) != 0) {
+    const auto now = Clock::now();
+    if (!since) {
+      since = now;
+      deferred_.fetch_add(1, std::memory_order_relaxed);
+    }
+    if (now - *since < std::clamp<Clock::duration>(kPatience * service_time_.mean, kLeastPatience, kMostPatience))
+      return false;
+  }
+  since.reset();
+  return true;
+}
+
+void StreamChannel::time_services() {
+  ServiceTime& time = service_time_;
+  if (!time.launch || host_.load(index(HostWord::kServed)) < *time.launch) return;
+  time.mean += (Clock::now() - time.start - time.mean) / 4;
+  time.launch.reset();
+}
+
+void StreamChannel::launch(const GraphOp::Key& key, const Request& request) {
+  const std::uint64_t number = launched_ + 1;
+  if (!service_time_.launch && host_.load(index(HostWord::kServed)) == launched_) {
+    service_time_.launch = number;
+    service_time_.start = Clock::now();
+  }
+  host_.store(index(HostWord::kLaunched), number);  // first: an engine's turn that begins now waits for this answer
+  try {
+    graph(request).launch(key, service_stream_.get());
+  } catch (...) {
+    host_.store(index(HostWord::kLaunched), launched_);
+    service_time_.launch.reset();
+    throw;
+  }
+  launched_ = number;
 }
 
 void StreamChannel::serve(Rank requester, const Request& request) {
@@ -199,7 +269,7 @@ void StreamChannel::serve(Rank requester, const Request& request) {
   served.fetch_add(1, std::memory_order_relaxed);
   served_rows_.fetch_add(rows, std::memory_order_relaxed);
   try {
-    graph(request).launch({rank_, requester, request.rows}, service_stream_.get());
+    launch({rank_, requester, request.rows}, request);
   } catch (const std::exception& error) {
     served.fetch_sub(1, std::memory_order_relaxed);
     served_rows_.fetch_sub(rows, std::memory_order_relaxed);
@@ -212,72 +282,10 @@ void StreamChannel::serve(Rank requester, const Request& request) {
   }
 }
 
-// Looks after the own request at one owner: who answers it if that rank died or hangs, and when to give it up. Makes no
-// CUDA call: an engine's thread may hold the context until its streams are idle, and they wait for this.
-void StreamChannel::watch(Rank owner) {
-  Watch& watch = watches_[static_cast<std::size_t>(owner)];
-  std::atomic<bool>& gave_up = gave_up_[static_cast<std::size_t>(owner)];
-  const std::uint32_t word = atomic(memory_.request(owner, rank_).host).load(std::memory_order_acquire);
-  const std::uint64_t answers = host_.load(answers_index(owner));
-  if (word == 0) {
-    watch.since.reset();
-    watch.dead_since.reset();
-    return;
-  }
-  const auto now = Clock::now();
-  const bool waiting = (word & Request::kWaiting) != 0;
-  if (!watch.since || watch.answers != answers || (waiting && watch.over)) watch = {answers, now, {}, {}, false};
-  if (watch.over) return;
-  if (void_.load(std::memory_order_relaxed)) {
-    watch.over = true;
-    return not_answered(rank_, owner);
-  }
-  const auto waited = [&](Clock::time_point since) { return now - since > options_.deadline; };
-  if (watch.handed_over) {
-    if (waited(*watch.handed_over)) give_up_on(owner, "no longer answers, and the op did not run here either");
-    return;
-  }
-  if (!gave_up.load(std::memory_order_relaxed)) {
-    if (now - *watch.since < kLivenessCheck) return;
-    if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
-    if (!watch.dead_since && !waited(*watch.since)) return;
-    gave_up.store(true);
-  }
-  if (waiting) {
-    if (claim(owner, rank_, word)) hand_over(owner, word);  // else it answers after all
-    return;
-  }
-  // The owner took it. A dead one's answer may still be on its way; a living one's may come at any time, so nobody
-  // else may use the slot.
-  if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
-  if (watch.dead_since) {
-    if (now - *watch.dead_since > kGrace) hand_over(owner, word);
-    return;
-  }
-  if (waited(*watch.since)) give_up_on(owner, "took a request and did not answer it");
-}
-
-void StreamChannel::hand_over(Rank owner, std::uint32_t word) {
-  watches_[static_cast<std::size_t>(owner)].handed_over = Clock::now();
-  stand_ins_[static_cast<std::size_t>(owner)].store(word);
-}
-
-void StreamChannel::give_up_on(Rank owner, const std::string& what) {
-  Watch& watch = watches_[static_cast<std::size_t>(owner)];
-  watch.over = true;
-  const std::int64_t waited_ms = ms_since(*watch.since);
-  record({ErrorCode::kDeadline,
-          "rank " + std::to_string(owner) + " " + what + ": rank " + std::to_string(rank_) + " waited " +
-              std::to_string(waited_ms) + " ms, and the results of that step are void. Close this runtime",
-          {.rank = rank_, .peer = owner, .waited_ms = waited_ms}});
-  give_up();
-  not_answered(rank_, owner);
-}
-
 void StreamChannel::stand_in(Rank owner, const Request& request) {
   const TraceSpan span = service_span(TraceEvent::Kind::kStandIn, owner, request);
   try {
-    graph(request).launch({owner, rank_, request.rows}, service_stream_.get());
+    launch({owner, rank_, request.rows}, request);
     stood_in_.fetch_add(1, std::memory_order_relaxed);
   } catch (const std::exception& error) {
     record({ErrorCode::kRemoteOp,
@@ -303,10 +311,6 @@ TraceSpan StreamChannel::service_span(TraceEvent::Kind kind, Rank peer, const Re
           {service_stream_.get()}};
 }
 
-void StreamChannel::not_answered(Rank requester, Rank owner) {
-  atomic(memory_.reply(requester, owner).host).store(kNotAnswered, std::memory_order_release);
-}
-
 void StreamChannel::record(Error error) {
   const std::lock_guard lock(mutex_);
   if (!failure_) failure_ = std::move(error);
@@ -315,7 +319,7 @@ void StreamChannel::record(Error error) {
 void StreamChannel::check() const {
   const std::lock_guard lock(mutex_);
   if (failure_) throw *failure_;
-  if (host_.load(failed_index()) != 0)
+  if (host_.load(index(HostWord::kFailed)) != 0)
     throw Error(ErrorCode::kRemoteOp,
                 "an owner could not launch an op for rank " + std::to_string(rank_) +
                     "; the results of that step are void. The owner's check() says why",
@@ -342,6 +346,7 @@ ServiceStats StreamChannel::service_stats() const {
   for (const auto& served : served_by_peer_) stats.served_by_peer.push_back(served.load(std::memory_order_relaxed));
   stats.failed = served_failed_.load(std::memory_order_relaxed);
   stats.rows = served_rows_.load(std::memory_order_relaxed);
+  stats.deferred = deferred_.load(std::memory_order_relaxed);
   return stats;
 }
 

@@ -49,6 +49,9 @@ struct ChannelMemory {
   std::function<Word(Rank requester, Rank owner)> reply;
 };
 
+// Words that kernels, other processes and this one's threads share.
+inline std::atomic_ref<std::uint32_t> atomic(std::uint32_t* word) { return std::atomic_ref<std::uint32_t>(*word); }
+
 class StreamChannel final : public ActivationChannel {
  public:
   // Throws Error(kConfig) for more layers, ops or rows than a word can name, Error(kUnsupported) for a peer whose
@@ -59,8 +62,10 @@ class StreamChannel final : public ActivationChannel {
 
   void start() override;
   void stop() noexcept override;
-  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
-               std::byte* y) override;
+  void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
+               bool local_next) override;
+  void begin_turn(Stream stream) override;
+  void end_turn(Stream stream) override;
   void check() const override;
   void give_up() noexcept override { void_.store(true); }
   [[nodiscard]] bool available(Rank owner) const override;
@@ -77,6 +82,8 @@ class StreamChannel final : public ActivationChannel {
 
  private:
   static constexpr std::size_t kCounts = 4;  // words by owner: answers, rows, bytes, and one unused for alignment
+  // Host words after those of all owners.
+  enum class HostWord : std::uint8_t { kFailed, kTurn, kLaunched, kServed, kNumWords };
 
   // What the watchdog knows of the own request at an owner.
   struct Watch {
@@ -87,8 +94,19 @@ class StreamChannel final : public ActivationChannel {
     bool over = false;                             // given up
   };
 
+  // How long the ops of late took, from launch to answer.
+  struct ServiceTime {
+    std::optional<std::uint64_t> launch;  // that is being timed: its number
+    Clock::time_point start;
+    Clock::duration mean = std::chrono::milliseconds(1);  // until one was timed
+  };
+
   void run();
   bool take_requests();
+  // Whether a request may be served now: not in the engine's turn, but for one that has waited long.
+  bool may_serve(Rank requester);
+  void time_services();
+  void launch(const GraphOp::Key& key, const Request& request);
   void serve(Rank requester, const Request& request);
   void watch(Rank owner);
   void hand_over(Rank owner, std::uint32_t word);
@@ -102,7 +120,11 @@ class StreamChannel final : public ActivationChannel {
   bool claim(Rank owner, Rank requester, std::uint32_t word) const;
   [[nodiscard]] const GraphOp& graph(const Request& request) const;
   [[nodiscard]] std::size_t answers_index(Rank owner) const { return kCounts * static_cast<std::size_t>(owner); }
-  [[nodiscard]] std::size_t failed_index() const { return answers_index(world_size_); }
+  [[nodiscard]] std::size_t index(HostWord word) const {
+    return answers_index(world_size_) + static_cast<std::size_t>(word);
+  }
+  [[nodiscard]] Kernels::TurnWords turn_words() const;
+  [[nodiscard]] CUdeviceptr served_word() const;
   [[nodiscard]] CUdeviceptr local_word(std::size_t index) const { return words_.at(index * 64); }
 
   std::shared_ptr<const Device> device_;
@@ -113,13 +135,18 @@ class StreamChannel final : public ActivationChannel {
   Rank rank_;
   Rank world_size_;
   Kernels kernels_;
-  HostWords host_;      // answers, rows and bytes by owner, then "a request was not answered"
+  HostWords host_;      // answers, rows and bytes by owner, then a HostWord each
   DeviceBuffer words_;  // device's counts and block counters, see stream_channel.cpp
   ServiceStream service_stream_;
   std::vector<Watch> watches_;
   std::vector<std::atomic<bool>> gave_up_;
-  std::vector<std::atomic<std::uint32_t>> stand_ins_;  // by owner: request word to answer in its place, or 0
+  std::vector<std::atomic<std::uint32_t>> stand_ins_;             // by owner: request word to answer in its place, or 0
+  bool in_turn_ = false;                                          // what is enqueued now; the engine's thread
+  std::uint64_t launched_ = 0;                                    // answers; the service's thread
+  std::vector<std::optional<Clock::time_point>> deferred_since_;  // by requester; the service's thread
+  ServiceTime service_time_;                                      // the service's thread
   std::vector<std::atomic<std::uint64_t>> served_by_peer_;
+  std::atomic<std::uint64_t> deferred_{0};
   std::atomic<std::uint64_t> served_rows_{0};
   std::atomic<std::uint64_t> served_failed_{0};
   std::atomic<std::uint64_t> stood_in_{0};

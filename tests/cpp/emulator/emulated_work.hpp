@@ -1,4 +1,4 @@
-// What the emulated device's streams carry out: memory operations, and what the two kernels of
+// What the emulated device's streams carry out: memory operations, and what the kernels of
 // csrc/backends/nvshmem/kernels.cu do.
 #pragma once
 
@@ -42,19 +42,40 @@ Value argument(void** arguments, int index) {
 }
 
 inline Work put(void** a) {
-  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3);
+  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3),
+             turn = argument<CUdeviceptr>(a, 6), served = argument<CUdeviceptr>(a, 7),
+             served_host = argument<CUdeviceptr>(a, 8);
   const auto bytes = argument<std::uint64_t>(a, 2);
   const auto value = argument<std::uint32_t>(a, 4);
   return [=] {
+    if (turn != 0) atomic<std::uint64_t>(turn).store(0);
     std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
     if (word != 0) write_value(word, value)();
+    if (served != 0) atomic<std::uint64_t>(served_host).store(atomic<std::uint64_t>(served).fetch_add(1) + 1);
   };
+}
+
+inline Work turn(CUdeviceptr turn, CUdeviceptr launched, CUdeviceptr served) {
+  return [=] {
+    atomic<std::uint64_t>(turn).store(1);
+    const auto start = std::chrono::steady_clock::now();
+    while (atomic<std::uint64_t>(served).load() < atomic<std::uint64_t>(launched).load() &&
+           std::chrono::steady_clock::now() - start < std::chrono::milliseconds(10))
+      nap();
+  };
+}
+
+inline Work turn(void** a) {
+  return turn(argument<CUdeviceptr>(a, 0), argument<CUdeviceptr>(a, 1), argument<CUdeviceptr>(a, 2));
 }
 
 inline Work take(void** a) {
   const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
              request = argument<CUdeviceptr>(a, 4), counts = argument<CUdeviceptr>(a, 7),
              counts_host = argument<CUdeviceptr>(a, 8), failed_host = argument<CUdeviceptr>(a, 9);
+  const auto begins = argument<CUdeviceptr>(a, 11);
+  const Work turn_begins =
+      begins == 0 ? Work() : turn(begins, argument<CUdeviceptr>(a, 12), argument<CUdeviceptr>(a, 13));
   const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 5),
              sent = argument<std::uint64_t>(a, 6);
   return [=] {
@@ -68,9 +89,10 @@ inline Work take(void** a) {
       auto* const count = reinterpret_cast<std::uint64_t*>(counts) + i;
       atomic<std::uint64_t>(counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
     }
+    if (turn_begins) turn_begins();
   };
 }
 
-inline constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take";
+inline constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take", kTurn[] = "sidp_turn";
 
 }  // namespace sidp::emulator

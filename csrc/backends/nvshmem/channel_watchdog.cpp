@@ -1,0 +1,87 @@
+// The watch over a channel's own requests: who answers one whose owner died or hangs, and when it is given up.
+#include <string>
+
+#include "stream_channel.hpp"
+
+namespace sidp::nvshmem {
+
+namespace {
+
+constexpr std::uint32_t kNotAnswered = 2;
+// After an owner's process has ended its GPU work may still finish; only then is a request that it took run again.
+constexpr Milliseconds kGrace{300};
+constexpr std::chrono::milliseconds kLivenessCheck{2};
+
+std::int64_t ms_since(Clock::time_point start) {
+  return std::chrono::duration_cast<Milliseconds>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+// Looks after the own request at one owner: who answers it if that rank died or hangs, and when to give it up. Makes no
+// CUDA call: an engine's thread may hold the context until its streams are idle, and they wait for this.
+void StreamChannel::watch(Rank owner) {
+  Watch& watch = watches_[static_cast<std::size_t>(owner)];
+  std::atomic<bool>& gave_up = gave_up_[static_cast<std::size_t>(owner)];
+  const std::uint32_t word = atomic(memory_.request(owner, rank_).host).load(std::memory_order_acquire);
+  const std::uint64_t answers = host_.load(answers_index(owner));
+  if (word == 0) {
+    watch.since.reset();
+    watch.dead_since.reset();
+    return;
+  }
+  const auto now = Clock::now();
+  const bool waiting = (word & Request::kWaiting) != 0;
+  if (!watch.since || watch.answers != answers || (waiting && watch.over)) watch = {answers, now, {}, {}, false};
+  if (watch.over) return;
+  if (void_.load(std::memory_order_relaxed)) {
+    watch.over = true;
+    return not_answered(rank_, owner);
+  }
+  const auto waited = [&](Clock::time_point since) { return now - since > options_.deadline; };
+  if (watch.handed_over) {
+    if (waited(*watch.handed_over)) give_up_on(owner, "no longer answers, and the op did not run here either");
+    return;
+  }
+  if (!gave_up.load(std::memory_order_relaxed)) {
+    if (now - *watch.since < kLivenessCheck) return;
+    if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
+    if (!watch.dead_since && !waited(*watch.since)) return;
+    gave_up.store(true);
+  }
+  if (waiting) {
+    if (claim(owner, rank_, word)) hand_over(owner, word);  // else it answers after all
+    return;
+  }
+  // The owner took it. A dead one's answer may still be on its way; a living one's may come at any time, so nobody
+  // else may use the slot.
+  if (!watch.dead_since && !pool_.backend().alive(owner)) watch.dead_since = now;
+  if (watch.dead_since) {
+    if (now - *watch.dead_since > kGrace) hand_over(owner, word);
+    return;
+  }
+  if (waited(*watch.since)) give_up_on(owner, "took a request and did not answer it");
+}
+
+void StreamChannel::hand_over(Rank owner, std::uint32_t word) {
+  watches_[static_cast<std::size_t>(owner)].handed_over = Clock::now();
+  stand_ins_[static_cast<std::size_t>(owner)].store(word);
+}
+
+void StreamChannel::give_up_on(Rank owner, const std::string& what) {
+  Watch& watch = watches_[static_cast<std::size_t>(owner)];
+  watch.over = true;
+  const std::int64_t waited_ms = ms_since(*watch.since);
+  record({ErrorCode::kDeadline,
+          "rank " + std::to_string(owner) + " " + what + ": rank " + std::to_string(rank_) + " waited " +
+              std::to_string(waited_ms) + " ms, and the results of that step are void. Close this runtime",
+          {.rank = rank_, .peer = owner, .waited_ms = waited_ms}});
+  give_up();
+  not_answered(rank_, owner);
+}
+
+void StreamChannel::not_answered(Rank requester, Rank owner) {
+  atomic(memory_.reply(requester, owner).host).store(kNotAnswered, std::memory_order_release);
+}
+
+}  // namespace sidp::nvshmem
