@@ -6,21 +6,20 @@ import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
-
-from .rank import RankContext
 
 MISSING = "no clock to read: the host backend has none, a GPU's needs nvidia-ml-py and a driver that tells it"
 _EVERY_S = 0.005
 
 
 @contextmanager
-def sm_clock_mhz(context: RankContext, medians: list[float]) -> Iterator[None]:
-    """Appends the median clock of this rank's GPU while the body ran, in MHz; nothing where it cannot be read."""
-    nvml, device = _open(context)
+def sm_clock_mhz(device: torch.device, medians: list[float]) -> Iterator[None]:
+    """Appends the median clock of a GPU while the body ran, in MHz; nothing where it cannot be read."""
+    nvml, handle = _open(device)
     if nvml is None:
         yield
         return
@@ -29,7 +28,7 @@ def sm_clock_mhz(context: RankContext, medians: list[float]) -> Iterator[None]:
 
     def look() -> None:
         while not over.wait(_EVERY_S):
-            seen.append(float(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)))
+            seen.append(float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -42,9 +41,10 @@ def sm_clock_mhz(context: RankContext, medians: list[float]) -> Iterator[None]:
         medians.append(statistics.median(seen))
 
 
-def _open(context: RankContext) -> tuple[Any, Any]:
-    """NVML and this rank's GPU in it, or (None, None)."""
-    if not context.on_gpu:
+@cache  # NVML starts for each process, not for each sample
+def _open(device: torch.device) -> tuple[Any, Any]:
+    """NVML and the GPU in it, or (None, None)."""
+    if device.type != "cuda":
         return None, None
     try:
         nvml: Any = import_module("pynvml")
@@ -52,9 +52,9 @@ def _open(context: RankContext) -> tuple[Any, Any]:
         return None, None
     try:
         nvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(context.device).uuid}"
-        device = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
         return None, None
-    return nvml, device
+    return nvml, handle

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import torch
 import sidp_runtime as sidp
 from sidp_runtime import _torch
 
+from .clocks import MISSING, sm_clock_mhz
 from .harness import OWN, Bar, Figure
 from .shapes import Shape
 
 SPIN_CYCLES = 6_000_000  # about 3 ms of one SM: longer than it takes to queue what is timed
 DEADLINE_MS = 30_000
 STORE_MS = 100_000  # ranks wait for each other's captures
+HEAVY_ROWS = 256  # from here on a step's products, not the reading of weights, take its time, and the GPU's power
+MOST_STEPS = 30  # in a sample
 
 
 class Unavailable(Exception):
@@ -39,10 +43,14 @@ class DilutedSampleError(Exception):
 
 @dataclass
 class Samples:
-    """Of each subject: seconds of one iteration by repeat (the slowest rank's), or why there are none."""
+    """Of each subject: seconds of one iteration by repeat (the slowest rank's), or why there are none.
+
+    ``clock_mhz``: of this rank's GPU during each sample, where a contest was asked for it and it can be read.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, tuple[str, str]] = field(default_factory=dict)  # subject -> status, reason
+    clock_mhz: dict[str, list[float]] = field(default_factory=dict)
 
     def failed(self, subject: str, answers: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any rank's attempt failed; the worst is kept as the reason."""
@@ -52,6 +60,18 @@ class Samples:
             self.missing[subject] = worst["status"], worst["reason"]
             self.seconds.pop(subject, None)
         return bool(bad)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a sample, and of the same subject's calls right ahead of it that do not count."""
+
+    sample_s: float
+    ahead_s: float = 0.0
+
+    def ahead(self, iterations: int) -> int:
+        """Calls ahead of a sample of so many: from its number, so all ranks make equally many."""
+        return math.ceil(iterations * self.ahead_s / self.sample_s)
 
 
 #: Seconds of one of so many iterations on this rank.
@@ -160,13 +180,24 @@ class RankContext:
         with self.rows.with_name(f"{self.rows.stem}-{self.rank}.jsonl").open("a") as file:
             file.write(json.dumps(document) + "\n")
 
-    def contest(self, subjects: Mapping[str, Subject], *, ranks: Callable[[list[float]], float] = max) -> Samples:
-        """Prepares every subject and then samples each ``repeats`` times in turn.
+    def contest(
+        self,
+        subjects: Mapping[str, Subject],
+        *,
+        ranks: Callable[[list[float]], float] = max,
+        pace: Pace | None = None,
+        clock: bool = False,
+    ) -> Samples:
+        """Prepares every subject and then samples each ``repeats`` times in turn, every second time in reverse order.
 
-        ``ranks``: what stands for all ranks, by default the slowest. A peer that raises on any rank has no row but a
-        reason; what this package raises, and wrong data, is an error. Subjects do not use the context's collectives.
+        ``ranks``: what stands for all ranks, by default the slowest. ``pace``: each sample follows an uncounted one of
+        the same subject, ``ahead_s`` long. ``clock``: ``clock_mhz`` is wanted. A peer that raises on any rank has no
+        row but a reason; what this package raises, and wrong data, is an error. Subjects do not use the context's
+        collectives.
         """
         result = Samples()
+        if clock:
+            self._sample(lambda _: 0.0, 0, [])  # NVML starts now, not while a GPU that is to be hot waits for it
         ready: dict[str, tuple[Sample, int]] = {}
         for name, prepare in subjects.items():
             self.meet()
@@ -174,15 +205,31 @@ class RankContext:
             answers = self.gather({**mine, "value": mine["value"][1] if "value" in mine else None})
             if not result.failed(name, answers):
                 ready[name] = mine["value"][0], min(answer["value"] for answer in answers)
-        for _ in range(self.repeats):
-            for name, (sample, iterations) in list(ready.items()):
-                self.meet()
-                answers = self.gather(_attempt(name, lambda s=sample, n=iterations: s(n)))  # type: ignore[misc]
+        for repeat in range(self.repeats):
+            for name in list(ready)[:: -1 if repeat % 2 else 1]:  # what ran just before has left the GPU hot or cool
+                sample, iterations = ready[name]
+                if pace and (ahead := pace.ahead(iterations)):
+                    # They meet again after it: steps that are to start together do, and a faster GPU has not run away.
+                    answers = self._attempt_together(name, partial(sample, ahead))
+                    if result.failed(name, answers):
+                        del ready[name]
+                        continue
+                clocks = result.clock_mhz.setdefault(name, []) if clock else None
+                answers = self._attempt_together(name, partial(self._sample, sample, iterations, clocks))
                 if result.failed(name, answers):
                     del ready[name]
                 else:
                     result.seconds.setdefault(name, []).append(ranks([answer["value"] for answer in answers]))
         return result
+
+    def _attempt_together(self, name: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
+        """Ranks begin at the same time and have each other's answers."""
+        self.meet()
+        return self.gather(_attempt(name, call))
+
+    def _sample(self, sample: Sample, iterations: int, clocks: list[float] | None) -> float:
+        with nullcontext() if clocks is None else sm_clock_mhz(self.device, clocks):
+            return sample(iterations)
 
     def record(
         self,
@@ -209,6 +256,13 @@ class RankContext:
         for name, (status, reason) in samples.missing.items():
             self.figure(metric, name, unit, parameters=parameters or {}, status=status, reason=reason,
                         higher_is_better=higher_is_better)  # fmt: skip
+
+    def record_clocks(self, samples: Samples, parameters: Mapping[str, int | str]) -> None:
+        """A row ``sm_clock`` for each subject of a contest: of rank 0's GPU. It explains, and has no direction."""
+        for name in samples.seconds:
+            read = tuple(samples.clock_mhz[name])
+            row: dict[str, Any] = {"samples": read} if read else {"status": "unavailable", "reason": MISSING}
+            self.figure("sm_clock", name, "MHz", parameters=parameters, **row)
 
     # --- Time -------------------------------------------------------------------------------------------------------
 
@@ -255,6 +309,20 @@ class RankContext:
         self.time(call, 1, spin=spin, warm=warm)
         once = self.time(call, 1, spin=spin, warm=warm)
         return lambda n: self.time(call, n, spin=spin, warm=warm), max(1, min(most, int(sample_s / max(once, 1e-9))))
+
+    def pace(self, rows: int) -> Pace:
+        """Of steps of so many rows.
+
+        A GPU whose power limit is reached changes its clock over tenths of a second. Every subject is to be timed at
+        the clock that it brings about itself, not at the one that the subject before it has left.
+        """
+        heavy = self.on_gpu and rows >= HEAVY_ROWS
+        ahead_s = 0.25 if heavy else 0.05
+        return Pace(0.05 if self.quick else 0.25 if heavy else 0.12, ahead_s if self.on_gpu else 0.0)
+
+    def steps(self, make: Callable[[], Callable[[], object]], pace: Pace) -> Subject:
+        """A subject of repeated steps; ``make`` gives the call of one. For a ``contest`` of the same pace."""
+        return lambda: self.sampled(make(), pace.sample_s, most=MOST_STEPS)
 
 
 @contextmanager

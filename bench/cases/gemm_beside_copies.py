@@ -7,7 +7,6 @@ from torch.nn import functional
 
 from sidp_runtime._torch import dtype_of
 
-from ..clocks import MISSING, sm_clock_mhz
 from ..harness import pairwise
 from ..layers import Replica, open_replica
 from ..link import Link, open_link
@@ -35,21 +34,14 @@ def _products(context: RankContext, replica: Replica, link: Link, count: int) ->
     weights = [layer["gate"] for layer in replica.local_layers()]
     x = torch.randn(count, context.shape.hidden, device=context.device).to(dtype_of(context.shape.dtype))
     sample_s = 0.02 if context.quick else 0.1
-    clocks: dict[str, list[float]] = {}
 
     def products() -> None:
         for w in weights:
             functional.linear(x, w)
 
     def alone() -> tuple[Sample, int]:
-        return with_clock("alone", *context.sampled(products, sample_s, spin=True))
-
-    def with_clock(name: str, sample: Sample, most: int) -> tuple[Sample, int]:
-        def timed(n: int) -> float:
-            with sm_clock_mhz(context, clocks.setdefault(name, [])):
-                return sample(n) / len(weights)
-
-        return timed, most
+        sample, most = context.sampled(products, sample_s, spin=True)
+        return (lambda n: sample(n) / len(weights)), most
 
     def beside() -> tuple[Sample, int]:
         if not context.on_gpu:
@@ -76,24 +68,20 @@ def _products(context: RankContext, replica: Replica, link: Link, count: int) ->
                 busy = not copied.query()  # type: ignore[no-untyped-call]
                 context.synchronize()
                 if busy:
-                    return seconds
+                    return seconds / len(weights)
                 copies *= 2
             raise DilutedSampleError(f"{copies // 2} copies ended before {n * len(weights)} products of {count} rows")
 
-        return with_clock("beside_copies", sample, most)
+        return sample, most
 
     subjects: dict[str, Subject] = {"alone": alone, "beside_copies": beside}
-    samples = context.contest(subjects)
+    samples = context.contest(subjects, clock=True)
     parameters = {"rows": count}
     context.record(samples, "product", "us", lambda s: s * 1e6, higher_is_better=False, parameters=parameters)
     if len(samples.seconds) == 2:
         slowdown = pairwise(samples.seconds["beside_copies"], samples.seconds["alone"])
         context.figure("slowdown", "beside_copies", "x", parameters=parameters, samples=slowdown)
-    for name, values in clocks.items():
-        if values:
-            context.figure("sm_clock", name, "MHz", parameters=parameters, samples=tuple(values))
-        else:
-            context.figure("sm_clock", name, "MHz", parameters=parameters, status="unavailable", reason=MISSING)
+    context.record_clocks(samples, parameters)
 
 
 def _waiting(context: RankContext, replica: Replica, count: int) -> None:

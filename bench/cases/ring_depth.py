@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidp_runtime import Mode
 
-from ..layers import open_replica
+from ..layers import Replica, open_replica
 from ..rank import RankContext
 
 SLOTS = (1, 2, 3, 4)
@@ -17,19 +17,11 @@ def run(context: RankContext) -> None:
         with open_replica(context, ring_slots=slots) as replica:
             replica.verify()
             for count in counts:
-                x = replica.rows(count)
-                samples = context.contest(
-                    {
-                        "sidp_was": lambda x=x: context.sampled(  # type: ignore[misc]
-                            lambda: replica.eager(x, Mode.WAS), 0.05 if context.quick else 0.2, most=30, warm=2
-                        )
-                    }
-                )
-                context.record(
-                    samples,
-                    "step",
-                    "ms",
-                    lambda s: s * 1e3,
-                    higher_is_better=False,
-                    parameters={"slots": slots, "tokens": count},
-                )
+                _one_count(context, replica, slots, count)
+
+
+def _one_count(context: RankContext, replica: Replica, slots: int, count: int) -> None:
+    x, pace, parameters = replica.rows(count), context.pace(count), {"slots": slots, "tokens": count}
+    subject = context.steps(lambda: lambda: replica.eager(x, Mode.WAS), pace)
+    samples = context.contest({"sidp_was": subject}, pace=pace)
+    context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)

@@ -39,20 +39,16 @@ def run(context: RankContext) -> None:
 
 def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[float]) -> None:
     x, parameters = replica.rows(count), {"ranks": context.world_size, "tokens": count}
-    sample_s = 0.05 if context.quick else 0.2
-    random = Random(context.rank)
+    pace, random = context.pace(count), Random(context.rank)
 
     def step(mode: Mode) -> Callable[[], object]:
         return lambda: replica.eager(x, mode)
 
     def plain(call: Callable[[], object], ranks: set[int] | None = None) -> Subject:
-        def prepare() -> tuple[Sample, int]:
-            return IDLE if ranks and context.rank not in ranks else context.sampled(call, sample_s, most=20, warm=2)
-
-        return prepare
+        return (lambda: IDLE) if ranks and context.rank not in ranks else context.steps(lambda: call, pace)
 
     def staggered() -> tuple[Sample, int]:
-        sample, most = context.sampled(step(Mode.WAS), sample_s, most=20, warm=1)
+        sample, most = context.steps(lambda: step(Mode.WAS), pace)()
 
         def late(n: int) -> float:
             time.sleep(context.rank * STAGGER_MS / 1e3)
@@ -61,7 +57,7 @@ def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[
         return late, most
 
     def at_random() -> tuple[Sample, int]:
-        _, most = context.sampled(step(Mode.WAS), sample_s, most=20, warm=1)
+        _, most = context.steps(lambda: step(Mode.WAS), pace)()
 
         def sample(n: int) -> float:
             taken = 0.0
@@ -84,7 +80,7 @@ def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[
     if count <= replica.shape.cas_rows:
         subjects["sidp_cas_all"] = plain(step(Mode.CAS))
         subjects["sidp_cas_one"] = plain(step(Mode.CAS), {0})
-    samples = context.contest(subjects)
+    samples = context.contest(subjects, pace=pace)
     context.synchronize()
     replica.runtime.check()
     context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)

@@ -8,7 +8,7 @@ from sidp_runtime import Mode
 
 from ..event_ring import EventRing
 from ..layers import Replica, open_replica
-from ..rank import RankContext, Sample, Subject, Unavailable
+from ..rank import RankContext, Unavailable
 from ..timeline import waits_and_compute
 
 
@@ -21,13 +21,7 @@ def run(context: RankContext) -> None:
 
 
 def _one_count(context: RankContext, replica: Replica, count: int) -> None:
-    x, sample_s = replica.rows(count), 0.05 if context.quick else 0.15
-
-    def subject(make: Callable[[], Callable[[], object]]) -> Subject:
-        def prepare() -> tuple[Sample, int]:
-            return context.sampled(make(), sample_s, most=30, warm=2)
-
-        return prepare
+    x, pace = replica.rows(count), context.pace(count)
 
     def prefetch_in_step() -> Callable[[], object]:
         if not context.on_gpu:
@@ -36,12 +30,12 @@ def _one_count(context: RankContext, replica: Replica, count: int) -> None:
         return lambda: ring.step(x)
 
     subjects = {
-        "sidp_was": subject(lambda: lambda: replica.eager(x, Mode.WAS)),
-        "prefetch_in_step": subject(prefetch_in_step),
-        "all_local": subject(lambda: lambda: replica.all_local(x)),
+        "sidp_was": context.steps(lambda: lambda: replica.eager(x, Mode.WAS), pace),
+        "prefetch_in_step": context.steps(prefetch_in_step, pace),
+        "all_local": context.steps(lambda: lambda: replica.all_local(x), pace),
     }
     parameters = {"tokens": count}
-    samples = context.contest(subjects)
+    samples = context.contest(subjects, pace=pace)
     context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)
     if not context.on_gpu:
         context.figure("first_wait", "sidp_was", "ms", parameters=parameters, higher_is_better=False,

@@ -16,7 +16,7 @@ from ..harness import Bar, pairwise
 from ..layers import Replica, Weights, captured_call, open_replica
 from ..link import open_link
 from ..peers import RAW, process_group, transfer
-from ..rank import RankContext, Sample, Samples, Subject
+from ..rank import RankContext, Samples, Subject
 from ..timeline import record_timeline
 
 WAS_BAR = Bar(1.04, at_least=False, gpus=2)  # over max(all layers here, link floor)
@@ -49,14 +49,10 @@ def _link(context: RankContext, replica: Replica) -> Samples:
 
 
 def _one_count(context: RankContext, replica: Replica, count: int, link: Samples, offload: EventRing) -> None:
-    x = replica.rows(count)
-    sample_s = 0.05 if context.quick else 0.12
+    x, pace = replica.rows(count), context.pace(count)
 
     def subject(make: Callable[[], Callable[[], object]]) -> Subject:
-        def prepare() -> tuple[Sample, int]:
-            return context.sampled(make(), sample_s, most=30, warm=2)
-
-        return prepare
+        return context.steps(make, pace)
 
     subjects = {"all_local": subject(lambda: lambda: replica.all_local(x))}
     subjects["sidp_was"] = subject(lambda: lambda: replica.eager(x, Mode.WAS))
@@ -69,7 +65,7 @@ def _one_count(context: RankContext, replica: Replica, count: int, link: Samples
             subjects["sidp_cas_graph"] = subject(lambda: replica.captured(x, Mode.CAS))
     subjects["pinned_offload"] = subject(lambda: lambda: offload.step(x))
     subjects["tensor_parallel"] = subject(lambda: _tensor_parallel(replica, count))
-    samples = context.contest(subjects)
+    samples = context.contest(subjects, pace=pace)
     context.synchronize()
     replica.runtime.check()
     parameters = {"tokens": count}
