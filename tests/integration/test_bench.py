@@ -18,6 +18,7 @@ from bench.compare import compare
 from bench.environment import environment
 from bench.harness import Bar, Case, Figure, Report
 from bench.scale import SCALE_CASES, worlds
+from bench.shapes import SHAPES
 from sidp_runtime.cli import app
 from sidp_runtime.errors import ConfigError
 
@@ -168,6 +169,18 @@ def test_the_bars_of_steps_are_held_eager_and_captured() -> None:
     step_time._ratios(Context(), samples, 256, bench.rank.Samples({}, {"cudaMemcpyAsync": ("error", "cut")}), 8)  # type: ignore[arg-type]
     assert rows["over_local/sidp_cas"].bar is None
     assert (rows["over_floor/sidp_was"].status, rows["over_floor/sidp_was"].reason) == ("error", "cut")
+
+
+def test_offloading_is_timed_at_three_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = dataclasses.replace(SHAPES["small"], tokens=(1, 2, 4, 8, 16))
+    monkeypatch.setitem(SHAPES, "small", shape)
+    report = bench.runner.run(command="test", patterns=["step_time"], shape="small")
+    assert [f.key for f in report.figures if f.status == "error"] == []
+    counts: dict[tuple[str, str], list[int | str]] = {}
+    for row in report.figures:
+        counts.setdefault((row.metric, row.subject), []).append(row.parameters.get("tokens", ""))
+    assert counts["step", "pinned_offload"] == [1, 4, 16]
+    assert counts["step", "sidp_was"] == counts["step", "tensor_parallel"] == [1, 2, 4, 8, 16]
 
 
 def test_a_case_that_hangs_is_killed_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
