@@ -68,11 +68,12 @@ def _one_count(context: RankContext, replica: Replica, count: int, link: Samples
     if offload is not None:
         subjects["pinned_offload"] = subject(lambda: lambda: offload.step(x))
     subjects["tensor_parallel"] = subject(lambda: _tensor_parallel(replica, count))
-    samples = context.contest(subjects, pace=pace)
+    samples = context.contest(subjects, pace=pace, clock=True)
     context.synchronize()
     replica.runtime.check()
     parameters = {"tokens": count}
     context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)
+    context.record_clocks(samples, parameters)
     _ratios(context, samples, count, link, len(replica.streamed))
 
 

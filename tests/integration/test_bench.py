@@ -171,7 +171,7 @@ def test_the_bars_of_steps_are_held_eager_and_captured() -> None:
     assert (rows["over_floor/sidp_was"].status, rows["over_floor/sidp_was"].reason) == ("error", "cut")
 
 
-def test_offloading_is_timed_at_three_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_have_clocks_and_offloading_is_timed_at_three_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = dataclasses.replace(SHAPES["small"], tokens=(1, 2, 4, 8, 16))
     monkeypatch.setitem(SHAPES, "small", shape)
     report = bench.runner.run(command="test", patterns=["step_time"], shape="small")
@@ -179,8 +179,11 @@ def test_offloading_is_timed_at_three_counts(monkeypatch: pytest.MonkeyPatch) ->
     counts: dict[tuple[str, str], list[int | str]] = {}
     for row in report.figures:
         counts.setdefault((row.metric, row.subject), []).append(row.parameters.get("tokens", ""))
-    assert counts["step", "pinned_offload"] == [1, 4, 16]
-    assert counts["step", "sidp_was"] == counts["step", "tensor_parallel"] == [1, 2, 4, 8, 16]
+    for metric in ("step", "sm_clock"):
+        assert counts[metric, "pinned_offload"] == [1, 4, 16]
+        assert counts[metric, "sidp_was"] == counts[metric, "tensor_parallel"] == [1, 2, 4, 8, 16]
+    clocks = [f for f in report.figures if f.metric == "sm_clock"]
+    assert {(f.status, f.higher_is_better) for f in clocks} == {("unavailable", None)}
 
 
 def test_a_case_that_hangs_is_killed_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
