@@ -601,13 +601,14 @@ def put_answer(
     runtime: Runtime,
     owner: typing.SupportsInt | typing.SupportsIndex,
     requester: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
     sources: collections.abc.Sequence[
         tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
     ],
     stream: typing.SupportsInt | typing.SupportsIndex,
 ) -> None:
     """
-    Enqueues the answer: sources are (address, bytes), one after the other into the slot.
+    Enqueues the answer to a request of `rows` rows, a bucket: sources are (address, bytes), one after the other into the slot.
     """
 
 def request_slot(

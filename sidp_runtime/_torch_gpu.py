@@ -131,7 +131,7 @@ def _capture(
                 y = op.function(weights, x)
                 blocks = [block.contiguous() for block in (y if isinstance(y, (tuple, list)) else (y,))]
                 sources = [(block.data_ptr(), block.nbytes) for block in blocks]
-                _C.put_answer(core, owner, requester, sources, stream.cuda_stream)
+                _C.put_answer(core, owner, requester, rows, sources, stream.cuda_stream)
             finally:
                 graph.capture_end()
     except RuntimeError as error:

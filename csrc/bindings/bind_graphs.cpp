@@ -42,11 +42,11 @@ ByteView request_slot(const std::shared_ptr<Runtime>& runtime, Rank owner, Rank 
   return {rows, bytes, runtime, runtime->pool().backend().capabilities().device};
 }
 
-void put_answer(const Runtime& runtime, Rank owner, Rank requester,
+void put_answer(const Runtime& runtime, Rank owner, Rank requester, std::int64_t rows,
                 const std::vector<std::pair<std::uintptr_t, ByteCount>>& sources, std::uintptr_t stream) {
   std::vector<std::pair<const std::byte*, ByteCount>> blocks;
   for (const auto& [address, bytes] : sources) blocks.emplace_back(reinterpret_cast<const std::byte*>(address), bytes);
-  channel_of(runtime).put_answer({reinterpret_cast<void*>(stream)}, owner, requester, blocks);
+  channel_of(runtime).put_answer({reinterpret_cast<void*>(stream)}, {owner, requester, rows}, blocks);
 }
 
 std::uintptr_t service_stream(const Runtime& runtime) {
@@ -65,7 +65,8 @@ ByteView peer_layer(const std::shared_ptr<WeightPool>& pool, LayerIndex layer) {
 std::shared_ptr<OpKernel> graph_op(Backend&) { not_here(); }
 void add_graph(OpKernel&, Rank, Rank, std::int64_t, std::uintptr_t) { not_here(); }
 ByteView request_slot(const std::shared_ptr<Runtime>&, Rank, Rank, ByteCount) { not_here(); }
-void put_answer(const Runtime&, Rank, Rank, const std::vector<std::pair<std::uintptr_t, ByteCount>>&, std::uintptr_t) {
+void put_answer(const Runtime&, Rank, Rank, std::int64_t, const std::vector<std::pair<std::uintptr_t, ByteCount>>&,
+                std::uintptr_t) {
   not_here();
 }
 std::uintptr_t service_stream(const Runtime&) { not_here(); }
@@ -82,8 +83,10 @@ void bind_graphs(py::module_& m) {
         "graph: a cudaGraph_t that computes `rows` rows from request_slot() and ends in put_answer().");
   m.def("request_slot", &request_slot, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("bytes"),
         "The slot that a requester's rows come to at an owner, as mapped here.");
-  m.def("put_answer", &put_answer, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("sources"),
-        py::arg("stream"), "Enqueues the answer: sources are (address, bytes), one after the other into the slot.");
+  m.def("put_answer", &put_answer, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("rows"),
+        py::arg("sources"), py::arg("stream"),
+        "Enqueues the answer to a request of `rows` rows, a bucket: sources are (address, bytes), one after the other "
+        "into the slot.");
   m.def("service_stream", &service_stream, py::arg("runtime"), "The stream that the owner's graphs are launched on.");
   m.def("peer_layer", &peer_layer, py::arg("pool"), py::arg("layer"),
         "A streamed layer at its owner as mapped here; read-only.");

@@ -45,7 +45,7 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops", std::to_string(ops.size()));
   if (!ops.empty()) {
     mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows, options_.row_buckets);
-    const ChannelOptions channel{options_.deadline, options_.service};
+    const ChannelOptions channel{options_.deadline, options_.service, options_.spin_rows};
     channel_ = pool_->backend().make_channel(*pool_, *mailbox_, channel);
     if (!channel_) channel_ = std::make_unique<FlagChannel>(*pool_, *mailbox_, channel);
   }

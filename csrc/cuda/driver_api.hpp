@@ -59,7 +59,7 @@ struct Status {
   X(cuLibraryLoadData)                 \
   X(cuLibraryUnload)                   \
   X(cuLibraryGetKernel)                \
-  X(cuLaunchKernel)                    \
+  X(cuLaunchKernelEx)                  \
   X(cuLaunchHostFunc)                  \
   X(cuEventCreate)                     \
   X(cuEventDestroy)                    \

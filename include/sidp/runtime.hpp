@@ -25,8 +25,9 @@ struct RuntimeOptions {
   std::int32_t element_bytes = 4;
   PolicyConfig policy;
   MachineProfile profile;
-  LaneOptions lane;        // tests only
-  ServiceOptions service;  // tests only
+  LaneOptions lane;                    // tests only
+  ServiceOptions service;              // tests only
+  std::int64_t spin_rows = kSpinRows;  // tests only: see ChannelOptions
 };
 
 // How the calls of a step reach the device. On a backend that is not stream-ordered every step runs.

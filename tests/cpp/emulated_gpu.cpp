@@ -167,7 +167,7 @@ void Emulation::capture(Runtime& runtime, const std::vector<Op>& plain) {
           const std::byte* const x = channel.slot(owner, requester);
           const CUgraphExec ignored = captured([&] {
             enqueue([kernel, weights, x, rows, &y] { kernel->run(weights, x, rows, y.data()); });
-            channel.put_answer({current_}, owner, requester,
+            channel.put_answer({current_}, {owner, requester, rows},
                                {{y.data(), static_cast<ByteCount>(rows) * plain[o].out_row_bytes}});
           });
           // The emulator's graphs and their instances are one type, and add() copies it.

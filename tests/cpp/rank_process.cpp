@@ -98,6 +98,7 @@ class RankProcess {
     options.lane.stop_deadline = Milliseconds(number("stop_deadline_ms", 10000));
     options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
+    options.spin_rows = number("spin_rows", kSpinRows);
     if (gpu_ && !ops.empty()) {
       options.row_buckets = {1, spec_.max_rows};
       options.deferred_start = true;

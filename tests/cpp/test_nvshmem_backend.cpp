@@ -19,7 +19,8 @@ using ::testing::IsEmpty;
 void sleep_for(Milliseconds time) { std::this_thread::sleep_for(time); }
 
 std::vector<std::string> gpu(std::vector<std::string> settings) {
-  settings.insert(settings.begin(), {"backend=nvshmem", "max_rows=5"});
+  // buckets of 1 and 5 rows: the answer to one is awaited by a kernel, to the other by a stream memory operation
+  settings.insert(settings.begin(), {"backend=nvshmem", "max_rows=5", "spin_rows=1"});
   return settings;
 }
 

@@ -88,6 +88,8 @@ class Check {
       put(shape);
       take(shape, kAnswered);
       take(shape, kNotAnswered);
+      take(shape, kAnswered, /*spun=*/true);
+      take(shape, kNotAnswered, /*spun=*/true);
     }
     put_sets_its_word_last();
     turns();
@@ -197,9 +199,13 @@ class Check {
                   .served_host = words_.at(kServedHost)});
   }
 
-  void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows, bool turn = false) {
+  // spun: by a kernel that waits for the flag on the device.
+  void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows, bool turn = false,
+                   bool spun = false) {
+    if (spun) kernels_.await(engine_.get(), flag_.at(0), words_.at(kReply), words_.at(kFailed));
     kernels_.take(engine_.get(), dst, src, bytes,
                   {.flag = words_.at(kReply),
+                   .device_flag = spun ? flag_.at(0) : 0,
                    .request = words_.at(kRequest),
                    .sent_rows = rows,
                    .sent_bytes = bytes,
@@ -224,15 +230,28 @@ class Check {
     expect_finished(what);
   }
 
-  void take(const Shape& shape, std::uint32_t reply) {
-    const std::string what = "take of " + shape.text() + (reply == kAnswered ? "" : " that were not answered");
+  void take(const Shape& shape, std::uint32_t reply, bool spun = false) {
+    const std::string what =
+        "take of " + shape.text() + (reply == kAnswered ? "" : " that were not answered") + (spun ? ", spun for" : "");
     const Bytes rows = pattern(shape.bytes);
     const Filled src(*this, shape.src_offset, rows);
     const Guarded dst(*this, shape.dst_offset, shape.bytes);
     set(kRequest, kRequested & 0x7FFFFFFF);
-    set(kReply, reply);
-    launch_take(dst.at(), src.at, shape.bytes, 3);
+    if (!spun) set(kReply, reply);
+    const auto begin = [&] { launch_take(dst.at(), src.at, shape.bytes, 3, false, spun); };
+    if (spun && !serial_) begin();  // and then it waits
+    if (spun && reply == kAnswered)
+      launch_put(service_, dst.at(), src.at, 0, flag_.at(0), kAnswered);
+    else
+      set(kReply, reply);
+    service_.synchronize();
+    if (!spun || serial_) begin();
     engine_.synchronize();
+    if (spun) {
+      const HostMemory staging(device_, 64);
+      copy(staging.at(0), flag_.at(0), 4);
+      require(staging.word<std::uint32_t>(0).load() == 0, what + ": the flag on the device is not free again");
+    }
     if (reply == kAnswered) dst.expect(rows, what);
     expect_taken(reply == kAnswered, what);
   }
@@ -348,6 +367,7 @@ class Check {
   DeviceBuffer finished_service_{device_, 4, "words"};
   DeviceBuffer counts_{device_, 24, "words"};
   DeviceBuffer served_{device_, 8, "words"};
+  DeviceBuffer flag_{device_, 4, "words"};
   std::uint64_t expected_[3] = {};
   std::uint32_t seed_ = 0;
 };

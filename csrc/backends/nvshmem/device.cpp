@@ -1,11 +1,12 @@
 #include "device.hpp"
 
-#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <map>
 #include <mutex>
+#include <optional>
+#include <tuple>
 #include <utility>
-#include <vector>
 
 #include "sidp/error.hpp"
 
@@ -53,45 +54,56 @@ DeviceStream::~DeviceStream() {
 
 namespace {
 
-// Of all services that have ended. Never destroyed: a process may end while a service lives.
-struct IdleStreams {
-  struct Entry {
-    std::shared_ptr<const Device> device;
-    std::unique_ptr<DeviceStream> stream;
-  };
-  std::mutex mutex;
-  std::vector<Entry> entries;
-
-  static IdleStreams& all() {
-    static auto* const streams = new IdleStreams;
-    return *streams;
+// What was given back, by device and size.
+template <typename Thing>
+class Spares {
+ public:
+  // Never destroyed: a process may end while some of them are in use.
+  static Spares& all() {
+    static auto* const spares = new Spares;
+    return *spares;
   }
+  std::optional<Thing> take(int ordinal, std::size_t size) {
+    const std::lock_guard lock(mutex_);
+    const auto it = things_.find({ordinal, size});
+    if (it == things_.end()) return std::nullopt;
+    std::optional<Thing> thing = std::move(it->second);
+    things_.erase(it);
+    return thing;
+  }
+  void give(int ordinal, std::size_t size, Thing thing) {
+    const std::lock_guard lock(mutex_);
+    things_.emplace(std::pair{ordinal, size}, std::move(thing));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::multimap<std::pair<int, std::size_t>, Thing> things_;
 };
+
+// The device lives as long as what needs it.
+using SpareStream = std::pair<std::shared_ptr<const Device>, std::unique_ptr<DeviceStream>>;
+using SpareBuffer = std::pair<std::shared_ptr<const Device>, std::unique_ptr<DeviceBuffer>>;
+
+void zero(const Device& device, CUdeviceptr memory, ByteCount bytes) {
+  const DeviceStream stream(device, DeviceStream::Priority::kDefault);
+  device.check(device.api().cuMemsetD8Async(memory, 0, bytes, stream.get()), "cuMemsetD8Async");
+  stream.synchronize();
+}
 
 }  // namespace
 
 ServiceStream::ServiceStream(std::shared_ptr<const Device> device) : device_(std::move(device)) {
-  {
-    IdleStreams& idle = IdleStreams::all();
-    const std::lock_guard lock(idle.mutex);
-    const auto it = std::find_if(idle.entries.begin(), idle.entries.end(), [&](const IdleStreams::Entry& entry) {
-      return entry.device->ordinal() == device_->ordinal();
-    });
-    if (it != idle.entries.end()) {
-      device_ = std::move(it->device);
-      stream_ = std::move(it->stream);
-      idle.entries.erase(it);
-      return;
-    }
-  }
-  stream_ = std::make_unique<DeviceStream>(*device_, DeviceStream::Priority::kService);
+  if (auto spare = Spares<SpareStream>::all().take(device_->ordinal(), 0))
+    std::tie(device_, stream_) = std::move(*spare);
+  else
+    stream_ = std::make_unique<DeviceStream>(*device_, DeviceStream::Priority::kService);
 }
 
 ServiceStream::~ServiceStream() {
   if (!stream_->idle()) return;
-  IdleStreams& idle = IdleStreams::all();
-  const std::lock_guard lock(idle.mutex);
-  idle.entries.push_back({std::move(device_), std::move(stream_)});
+  const int ordinal = device_->ordinal();
+  Spares<SpareStream>::all().give(ordinal, 0, {std::move(device_), std::move(stream_)});
 }
 
 bool is_pending(CUresult result) {
@@ -133,9 +145,7 @@ DeviceBuffer::DeviceBuffer(const Device& device, ByteCount bytes, const std::str
   }
   device.check(result, "cuMemAlloc of " + std::to_string(bytes) + " bytes");
   try {
-    const DeviceStream stream(device, DeviceStream::Priority::kDefault);
-    device.check(device.api().cuMemsetD8Async(memory_, 0, bytes, stream.get()), "cuMemsetD8Async");
-    stream.synchronize();
+    zero(device, memory_, bytes);
   } catch (...) {
     device.api().cuMemFree(memory_);
     throw;
@@ -148,21 +158,43 @@ DeviceBuffer::~DeviceBuffer() {
   device_.api().cuMemFree(memory_);
 }
 
-HostWords::HostWords(const Device& device, std::size_t count) : device_(device) {
+DeviceWords::DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes) : device_(std::move(device)) {
+  if (auto spare = Spares<SpareBuffer>::all().take(device_->ordinal(), bytes)) {
+    std::tie(device_, memory_) = std::move(*spare);
+    const ContextScope scope(*device_);
+    zero(*device_, memory_->at(0), bytes);
+  } else {
+    memory_ = std::make_unique<DeviceBuffer>(*device_, bytes, "words of the activation channel");
+  }
+}
+
+DeviceWords::~DeviceWords() {
+  if (abandoned_) {
+    static_cast<void>(memory_.release());
+    return;
+  }
+  const int ordinal = device_->ordinal();
+  const ByteCount bytes = memory_->bytes();
+  Spares<SpareBuffer>::all().give(ordinal, bytes, {std::move(device_), std::move(memory_)});
+}
+
+HostWords::HostWords(const Device& device, std::size_t count) : device_(device), count_(count) {
   const ContextScope scope(device);
+  const auto& api = device.api();
   void* memory = nullptr;
-  device.check(device.api().cuMemHostAlloc(&memory, count * sizeof(std::uint64_t),
-                                           CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
-               "cuMemHostAlloc");
+  if (const auto spare = Spares<std::uint64_t*>::all().take(device.ordinal(), count))
+    memory = *spare;
+  else
+    device.check(api.cuMemHostAlloc(&memory, count * sizeof(std::uint64_t),
+                                    CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
+                 "cuMemHostAlloc");
   words_ = static_cast<std::uint64_t*>(memory);
   std::memset(words_, 0, count * sizeof(std::uint64_t));
-  device.check(device.api().cuMemHostGetDevicePointer(&mapped_, memory, 0), "cuMemHostGetDevicePointer");
+  device.check(api.cuMemHostGetDevicePointer(&mapped_, memory, 0), "cuMemHostGetDevicePointer");
 }
 
 HostWords::~HostWords() {
-  if (abandoned_) return;
-  const ContextScope scope(device_);
-  device_.api().cuMemFreeHost(words_);
+  if (!abandoned_) Spares<std::uint64_t*>::all().give(device_.ordinal(), count_, words_);
 }
 
 std::uint64_t HostWords::load(std::size_t index) const {

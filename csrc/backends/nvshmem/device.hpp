@@ -133,8 +133,25 @@ class DeviceBuffer final : public LocalBuffer {
   std::shared_ptr<const bool> kept_;
 };
 
+// Zeroed words on the device, given back and taken again as HostWords are.
+class DeviceWords {
+ public:
+  DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes);
+  ~DeviceWords();
+  DeviceWords(const DeviceWords&) = delete;
+  DeviceWords& operator=(const DeviceWords&) = delete;
+  void abandon() noexcept { abandoned_ = true; }  // kernels may still write them, so they stay
+  [[nodiscard]] CUdeviceptr at(ByteCount offset) const { return memory_->at(offset); }
+
+ private:
+  std::shared_ptr<const Device> device_;
+  std::unique_ptr<DeviceBuffer> memory_;
+  bool abandoned_ = false;
+};
+
 // Page-locked host words of 64 bits that kernels and streams share with this process's threads; zeroed. A stream
-// that writes 32 bits sets the lower half.
+// that writes 32 bits sets the lower half. They are not freed but given back and taken again: to free them waits for
+// the GPUs, which no capture allows, and a runtime may be closed while an engine captures.
 class HostWords {
  public:
   HostWords(const Device& device, std::size_t count);
@@ -148,6 +165,7 @@ class HostWords {
 
  private:
   const Device& device_;
+  std::size_t count_;
   std::uint64_t* words_ = nullptr;
   CUdeviceptr mapped_ = 0;
   bool abandoned_ = false;

@@ -1,6 +1,7 @@
 #include "kernels.hpp"
 
 #include <algorithm>
+#include <string>
 
 // Made by the build from kernels.cu.
 extern "C" const unsigned char sidp_kernels_fatbin[];
@@ -19,49 +20,75 @@ unsigned blocks_for(ByteCount bytes) {
 
 }  // namespace
 
-Kernels::Kernels(const Device& device) : device_(device) {
-  const ContextScope scope(device);
-  const auto& api = device.api();
-  device.check(api.cuLibraryLoadData(&library_, sidp_kernels_fatbin, nullptr, nullptr, 0, nullptr, nullptr, 0),
-               "cuLibraryLoadData of the kernels; is this GPU older than compute capability 8.0?");
-  const auto look_up = [&](const char* name) {
-    CUkernel kernel = nullptr;
-    device.check(api.cuLibraryGetKernel(&kernel, library_, name), std::string("cuLibraryGetKernel of ") + name);
-    return reinterpret_cast<CUfunction>(kernel);  // cuLaunchKernel takes either (CUDA driver API)
-  };
-  put_ = look_up("sidp_put");
-  take_ = look_up("sidp_take");
-  turn_ = look_up("sidp_turn");
+// Loaded once and kept as long as the process lives: to unload them waits for GPUs, which no capture allows, and a
+// runtime may be closed while an engine captures.
+const Kernels::Functions& Kernels::functions(const Device& device) {
+  static const Functions loaded = [&] {
+    const ContextScope scope(device);
+    const auto& api = device.api();
+    CUlibrary library = nullptr;
+    device.check(api.cuLibraryLoadData(&library, sidp_kernels_fatbin, nullptr, nullptr, 0, nullptr, nullptr, 0),
+                 "cuLibraryLoadData of the kernels; is this GPU older than compute capability 8.0?");
+    const auto look_up = [&](const char* name) {
+      CUkernel kernel = nullptr;
+      device.check(api.cuLibraryGetKernel(&kernel, library, name), std::string("cuLibraryGetKernel of ") + name);
+      return reinterpret_cast<CUfunction>(kernel);  // a launch takes either (CUDA driver API)
+    };
+    return Functions{look_up("sidp_put"), look_up("sidp_take"), look_up("sidp_turn"), look_up("sidp_await")};
+  }();
+  return loaded;
 }
 
-Kernels::~Kernels() {
-  const ContextScope scope(device_);
-  device_.api().cuLibraryUnload(library_);
+Kernels::Kernels(const Device& device) : device_(device), functions_(functions(device)) {
+  const auto& api = device.api();
+  CUdevice handle = 0;
+  int major = 0;
+  early_ = api.cuDeviceGet(&handle, device.ordinal()) == CUDA_SUCCESS &&
+           api.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle) == CUDA_SUCCESS &&
+           major >= 9;
+}
+
+void Kernels::launch(CUfunction kernel, unsigned blocks, unsigned threads, CUstream stream, void** arguments,
+                     const char* name) const {
+  CUlaunchAttribute early = {};
+  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  early.value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config = {};
+  config.gridDimX = blocks;
+  config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = threads;
+  config.blockDimY = config.blockDimZ = 1;
+  config.hStream = stream;
+  config.attrs = &early;
+  config.numAttrs = early_ ? 1 : 0;
+  device_.check(device_.api().cuLaunchKernelEx(&config, kernel, arguments, nullptr),
+                [&] { return std::string("launch of ") + name; });
 }
 
 void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const {
   PutWords w = words;
   void* arguments[] = {&dst, &src, &bytes, &w.word, &w.value, &w.finished, &w.turn, &w.served, &w.served_host};
-  device_.check(
-      device_.api().cuLaunchKernel(put_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
-      "launch of sidp_put");
+  launch(functions_.put, blocks_for(bytes), kThreads, stream, arguments, "sidp_put");
 }
 
 void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
   TakeWords w = words;
   void* arguments[] = {
-      &dst,      &src,           &bytes,         &w.flag,     &w.request,   &w.sent_rows,          &w.sent_bytes,
-      &w.counts, &w.counts_host, &w.failed_host, &w.finished, &w.turn.turn, &w.turn.launched_host, &w.turn.served};
-  device_.check(
-      device_.api().cuLaunchKernel(take_, blocks_for(bytes), 1, 1, kThreads, 1, 1, 0, stream, arguments, nullptr),
-      "launch of sidp_take");
+      &dst,          &src,      &bytes,         &w.flag,        &w.device_flag, &w.request,   &w.sent_rows,
+      &w.sent_bytes, &w.counts, &w.counts_host, &w.failed_host, &w.finished,    &w.turn.turn, &w.turn.launched_host,
+      &w.turn.served};
+  launch(functions_.take, blocks_for(bytes), kThreads, stream, arguments, "sidp_take");
 }
 
 void Kernels::turn(CUstream stream, const TurnWords& words) const {
   TurnWords w = words;
   void* arguments[] = {&w.turn, &w.launched_host, &w.served};
-  device_.check(device_.api().cuLaunchKernel(turn_, 1, 1, 1, 1, 1, 1, 0, stream, arguments, nullptr),
-                "launch of sidp_turn");
+  launch(functions_.turn, 1, 1, stream, arguments, "sidp_turn");
+}
+
+void Kernels::await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host) const {
+  void* arguments[] = {&flag, &released, &failed_host};
+  launch(functions_.await, 1, 1, stream, arguments, "sidp_await");
 }
 
 }  // namespace sidp::nvshmem

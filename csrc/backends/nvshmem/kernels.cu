@@ -62,6 +62,13 @@ __device__ inline void copy_bytes(char* dst, const char* src, std::uint64_t byte
   for (std::uint64_t i = done + first; i < bytes; i += step) dst[i] = src[i];
 }
 
+// Where a launch may begin before the kernel in front of it has ended: waits for that end.
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // True in one thread, once every block has come here. The fence orders what all blocks did before what this thread does
 // next, for observers on the GPU or (PTX memory model: bar.sync, fence.sys, then a store) in the whole system.
 template <void kFence()>
@@ -87,6 +94,7 @@ struct Counts {
 extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* word,
                                     std::uint32_t value, unsigned* finished, std::uint64_t* turn, std::uint64_t* served,
                                     std::uint64_t* served_host) {
+  wait_for_predecessor();
   if (turn != nullptr && blockIdx.x == 0 && threadIdx.x == 0) store(turn, 0);
   copy_bytes(dst, src, bytes);
   if (!last_to_finish<__threadfence_system>(finished)) return;
@@ -97,30 +105,47 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
   store(served_host, count);
 }
 
+// Waits for an answer's flag on the device, or for the host's release (the other word): then failed_host says so. One
+// thread, as it holds its place on a multiprocessor while others compute. The end of the kernel orders what it saw before
+// the take that follows.
+extern "C" __global__ void sidp_await(const std::uint32_t* flag, const std::uint32_t* released,
+                                      std::uint64_t* failed_host) {
+  wait_for_predecessor();
+  for (;;) {
+    for (int i = 0; i < 64; ++i)  // a look at the host takes as long as many at the device
+      if (load(flag) != 0) return __threadfence_system();
+    if (load(released) != 0) return store(failed_host, 1);
+  }
+}
+
 // Takes the engine's turn before a layer of its own; see csrc/DESIGN.md.
 extern "C" __global__ void sidp_turn(std::uint64_t* turn, const std::uint64_t* launched_host,
                                      const std::uint64_t* served) {
+  wait_for_predecessor();
   store(turn, 1);
   wait_for_services(load(launched_host), launched_host, served);
 }
 
 // Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or 2,
-// no answer: then the copy is of no use, and failed_host says so. request: the requester's word at the owner, set back to
+// no answer: then the copy is of no use, and failed_host says so. Or it was sidp_await that waited, for device_flag, and
+// said so. request: the requester's word at the owner, set back to
 // 0. sent_rows, sent_bytes: of the request, for the counts, which are kept on the device and copied to the host. turn:
 // the engine's, which it takes here because a layer of its own comes next (or null).
 extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
-                                     std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
+                                     std::uint32_t* device_flag, std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
                                      Counts* counts, Counts* counts_host, std::uint64_t* failed_host,
                                      unsigned* finished, std::uint64_t* turn, const std::uint64_t* launched_host,
                                      const std::uint64_t* served) {
+  wait_for_predecessor();
   const bool looks = blockIdx.x == 0 && threadIdx.x == 0;
   if (looks && turn != nullptr) store(turn, 1);
-  const std::uint32_t state = looks ? load(flag) : 1;  // on its way while this thread copies
+  const std::uint32_t state = looks && device_flag == nullptr ? load(flag) : 1;  // on its way while this thread copies
   const std::uint64_t launched = looks && turn != nullptr ? load(launched_host) : 0;  // likewise
   copy_bytes(dst, src, bytes);
   if (state != 1) store(failed_host, 1);
   if (last_to_finish<__threadfence>(finished)) {
     store(flag, 0);
+    if (device_flag != nullptr) store(device_flag, 0);
     store(request, 0);
     const Counts now{counts->answers + 1, counts->rows + sent_rows, counts->bytes + sent_bytes};
     *counts = now;

@@ -5,12 +5,11 @@
 
 namespace sidp::nvshmem {
 
+// Where a GPU can (compute capability 9.0: "programmatic dependent launch", CUDA programming guide), a launch begins
+// while the kernel in front of it ends; each waits for that end before it touches anything.
 class Kernels {
  public:
   explicit Kernels(const Device& device);
-  ~Kernels();
-  Kernels(const Kernels&) = delete;
-  Kernels& operator=(const Kernels&) = delete;
 
   // The engine's turn on this GPU, see csrc/DESIGN.md; words of 64 bits, each 0 where it is not wanted.
   struct TurnWords {
@@ -29,11 +28,15 @@ class Kernels {
   // Copies `bytes` and then sets words; all but `finished` may be 0.
   void put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const;
 
+  // Waits, as one thread, for the answer's flag on the device, or for the host's release: then failed_host is set.
+  void await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host) const;
+
   // Begins the engine's turn: what follows on the stream waits for the services that were launched before.
   void turn(CUstream stream, const TurnWords& words) const;
 
   struct TakeWords {
-    CUdeviceptr flag;          // of the answer, in host memory
+    CUdeviceptr flag;          // of the answer or the host's release, in host memory
+    CUdeviceptr device_flag;   // of the answer, which await() has seen; or 0: it is in `flag`
     CUdeviceptr request;       // the requester's word at the owner, in host memory
     std::uint64_t sent_rows;   // of the request, for the counts
     std::uint64_t sent_bytes;  // likewise
@@ -47,11 +50,16 @@ class Kernels {
   void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const;
 
  private:
+  struct Functions {
+    CUfunction put, take, turn, await;
+  };
+  static const Functions& functions(const Device& device);
+  void launch(CUfunction kernel, unsigned blocks, unsigned threads, CUstream stream, void** arguments,
+              const char* name) const;
+
   const Device& device_;
-  CUlibrary library_ = nullptr;
-  CUfunction put_ = nullptr;
-  CUfunction take_ = nullptr;
-  CUfunction turn_ = nullptr;
+  const Functions& functions_;
+  bool early_ = false;  // launches may begin before the kernel in front of them has ended
 };
 
 }  // namespace sidp::nvshmem

@@ -193,6 +193,7 @@ std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool
   const ChannelMemory memory{
       .request = [this, &pool](Rank owner, Rank requester) { return host_word({owner, pool.request_flag(requester)}); },
       .reply = [this, &pool](Rank requester, Rank owner) { return host_word({requester, pool.reply_flag(owner)}); },
+      .device_reply = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
   };
   return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options);
 }

@@ -49,7 +49,7 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       world_size_(pool.backend().world_size()),
       kernels_(*device_),
       host_(*device_, index(HostWord::kNumWords)),
-      words_(*device_, (3 * static_cast<ByteCount>(world_size_) + 2) * 64, "words of the activation channel"),
+      words_(device_, (3 * static_cast<ByteCount>(world_size_) + 2) * 64),
       service_stream_(device_),
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
@@ -99,6 +99,9 @@ void StreamChannel::stop() noexcept {
   const auto start = Clock::now();
   while (!service_stream_.idle() && Clock::now() - start < kStopDeadline)  // answers under way still arrive
     std::this_thread::sleep_for(kNap);
+  if (service_stream_.idle()) return;
+  host_.abandon();
+  words_.abandon();
 }
 
 const GraphOp& StreamChannel::graph(const Request& request) const {
@@ -109,14 +112,17 @@ const std::byte* StreamChannel::slot(Rank owner, Rank requester) const {
   return mailbox_.buffer().peer(owner) + mailbox_.request_offset(requester) + kAlignment;
 }
 
-void StreamChannel::put_answer(Stream stream, Rank owner, Rank requester,
+void StreamChannel::put_answer(Stream stream, const GraphOp::Key& request,
                                const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const {
+  const auto [owner, requester, rows] = request;
   const ContextScope scope(*device_);
+  const CUdeviceptr flag =
+      rows <= options_.spin_rows ? memory_.device_reply(requester, owner) : memory_.reply(requester, owner).device;
   CUdeviceptr dst = device_pointer(mailbox_.buffer().peer(requester) + mailbox_.reply_offset(owner) + kAlignment);
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const bool last = i + 1 == sources.size();
     kernels_.put(static_cast<CUstream>(stream.handle), dst, device_pointer(sources[i].first), sources[i].second,
-                 {.word = last ? memory_.reply(requester, owner).device : 0,
+                 {.word = last ? flag : 0,
                   .value = kAnswered,
                   .finished = local_word(3 * static_cast<std::size_t>(world_size_)),
                   .turn = 0,
@@ -161,6 +167,7 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   const ContextScope scope(*device_);
   auto* const on = static_cast<CUstream>(stream.handle);
   const CUdeviceptr reply = memory_.reply(rank_, owner).device;
+  const CUdeviceptr spun_on = request.rows <= options_.spin_rows ? memory_.device_reply(rank_, owner) : 0;
   const CUdeviceptr word = memory_.request(owner, rank_).device;
   kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes,
                {.word = word,
@@ -169,12 +176,16 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                 .turn = in_turn_ ? turn_words().turn : 0,
                 .served = 0,
                 .served_host = 0});
-  device_->check(device_->api().cuStreamWaitValue32(on, reply, kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
-                 "cuStreamWaitValue32");
+  if (spun_on != 0)
+    kernels_.await(on, spun_on, reply, host_.on_device(index(HostWord::kFailed)));
+  else
+    device_->check(device_->api().cuStreamWaitValue32(on, reply, kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
+                   "cuStreamWaitValue32");
   kernels_.take(on, device_pointer(y),
                 device_pointer(mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment),
                 static_cast<ByteCount>(request.rows) * entry.out_row_bytes,
                 {.flag = reply,
+                 .device_flag = spun_on,
                  .request = word,
                  .sent_rows = static_cast<std::uint64_t>(rows),
                  .sent_bytes = in_bytes,

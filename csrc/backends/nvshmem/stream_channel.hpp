@@ -45,8 +45,9 @@ struct ChannelMemory {
   };
   // Request word of `requester` at `owner`, in host memory.
   std::function<Word(Rank owner, Rank requester)> request;
-  // Reply flag for answers of `owner` to `requester`, in host memory.
+  // Reply flag for answers of `owner` to `requester`, in host memory; the one on the requester's GPU.
   std::function<Word(Rank requester, Rank owner)> reply;
+  std::function<CUdeviceptr(Rank requester, Rank owner)> device_reply;
 };
 
 // Words that kernels, other processes and this one's threads share.
@@ -75,7 +76,7 @@ class StreamChannel final : public ActivationChannel {
   // For the capture of an op: the slot that its rows come from, and the puts that end its graph. `sources`: outputs one
   // after the other, each of so many bytes.
   [[nodiscard]] const std::byte* slot(Rank owner, Rank requester) const;
-  void put_answer(Stream stream, Rank owner, Rank requester,
+  void put_answer(Stream stream, const GraphOp::Key& request,
                   const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const;
   // Where the graphs will run. Ops are captured here too: libraries keep workspaces by stream.
   [[nodiscard]] CUstream service_stream() const { return service_stream_.get(); }
@@ -135,8 +136,8 @@ class StreamChannel final : public ActivationChannel {
   Rank rank_;
   Rank world_size_;
   Kernels kernels_;
-  HostWords host_;      // answers, rows and bytes by owner, then a HostWord each
-  DeviceBuffer words_;  // device's counts and block counters, see stream_channel.cpp
+  HostWords host_;     // answers, rows and bytes by owner, then a HostWord each
+  DeviceWords words_;  // device's counts and block counters, see stream_channel.cpp
   ServiceStream service_stream_;
   std::vector<Watch> watches_;
   std::vector<std::atomic<bool>> gave_up_;

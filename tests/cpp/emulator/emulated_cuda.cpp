@@ -331,14 +331,17 @@ EMULATED CUresult cuLibraryLoadData(CUlibrary* library, const void*, CUjit_optio
 }
 EMULATED CUresult cuLibraryUnload(CUlibrary) { return CUDA_SUCCESS; }
 EMULATED CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char* name) {
-  for (const char* known : {kPut, kTake, kTurn})
+  for (const char* known : {kPut, kTake, kTurn, kAwait})
     if (std::strcmp(name, known) == 0) *kernel = reinterpret_cast<CUkernel>(const_cast<char*>(known));
   return *kernel == nullptr ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
-EMULATED CUresult cuLaunchKernel(CUfunction function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                                 unsigned, CUstream stream, void** arguments, void**) {
+EMULATED CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
   const void* const kernel = function;
-  return enqueue(stream, kernel == kPut ? put(arguments) : kernel == kTake ? take(arguments) : turn(arguments));
+  const Work work = kernel == kPut    ? put(arguments)
+                    : kernel == kTake ? take(arguments)
+                    : kernel == kTurn ? turn(arguments)
+                                      : await(arguments);
+  return enqueue(config->hStream, work);
 }
 EMULATED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void* data) {
   return enqueue(stream, [=] { function(data); });

@@ -71,17 +71,18 @@ inline Work turn(void** a) {
 
 inline Work take(void** a) {
   const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
-             request = argument<CUdeviceptr>(a, 4), counts = argument<CUdeviceptr>(a, 7),
-             counts_host = argument<CUdeviceptr>(a, 8), failed_host = argument<CUdeviceptr>(a, 9);
-  const auto begins = argument<CUdeviceptr>(a, 11);
+             device_flag = argument<CUdeviceptr>(a, 4), request = argument<CUdeviceptr>(a, 5),
+             counts = argument<CUdeviceptr>(a, 8), counts_host = argument<CUdeviceptr>(a, 9),
+             failed_host = argument<CUdeviceptr>(a, 10), begins = argument<CUdeviceptr>(a, 12);
   const Work turn_begins =
-      begins == 0 ? Work() : turn(begins, argument<CUdeviceptr>(a, 12), argument<CUdeviceptr>(a, 13));
-  const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 5),
-             sent = argument<std::uint64_t>(a, 6);
+      begins == 0 ? Work() : turn(begins, argument<CUdeviceptr>(a, 13), argument<CUdeviceptr>(a, 14));
+  const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 6),
+             sent = argument<std::uint64_t>(a, 7);
   return [=] {
-    const bool failed = atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
+    const bool failed = device_flag == 0 && atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
     std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
     write_value(flag, 0)();
+    if (device_flag != 0) write_value(device_flag, 0)();
     write_value(request, 0)();
     if (failed) atomic<std::uint64_t>(failed_host).store(1);
     const std::uint64_t more[] = {1, rows, sent};
@@ -93,6 +94,17 @@ inline Work take(void** a) {
   };
 }
 
-inline constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take", kTurn[] = "sidp_turn";
+inline Work await(void** a) {
+  const auto flag = argument<CUdeviceptr>(a, 0), released = argument<CUdeviceptr>(a, 1),
+             failed_host = argument<CUdeviceptr>(a, 2);
+  return [=] {
+    while (atomic<std::uint32_t>(flag).load(std::memory_order_acquire) == 0) {
+      if (atomic<std::uint32_t>(released).load() != 0) return atomic<std::uint64_t>(failed_host).store(1);
+      nap();
+    }
+  };
+}
+
+inline constexpr char kPut[] = "sidp_put", kTake[] = "sidp_take", kTurn[] = "sidp_turn", kAwait[] = "sidp_await";
 
 }  // namespace sidp::emulator
