@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -19,6 +20,7 @@ import psutil
 _ERROR = re.compile(r"\b\w*(Error|Exception): ?\S")
 _NO_ERROR = re.compile(r"\b(DEBUG|INFO|WARNING)\b")
 _TERM_S = 3.0  # for resource trackers to take away shared memory and semaphores
+_STACKS_S = 1.0  # for stacks to reach the logs
 _GONE_S = 20.0  # for the kernel to take back what killed processes held, a GPU's memory among it
 
 #: Runs in an engine's process: answers with ``link.send(("ok", value))``, when it is ready and to each message.
@@ -26,7 +28,10 @@ Serve = Callable[[Any, dict[str, Any]], None]
 
 
 class EngineError(RuntimeError):
-    """An engine said that it failed, or ended, or gave no answer in time. Its log's error is in the message."""
+    """An engine said that it failed, or ended, or gave no answer in time. Its log's error is in the message.
+
+    The stacks of all threads of the engines that are left are then in their logs.
+    """
 
 
 class Engines:
@@ -61,6 +66,16 @@ class Engines:
 
     def answers(self, limit_s: float) -> list[Any]:
         """One of each engine. ``EngineError`` as soon as one has failed or ended, or after ``limit_s``."""
+        try:
+            return self._answers(limit_s)
+        except EngineError:
+            for process in self._processes:  # one that hangs, or that another waits for, says where
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGUSR1)
+            time.sleep(_STACKS_S)
+            raise
+
+    def _answers(self, limit_s: float) -> list[Any]:
         end = time.monotonic() + limit_s
         found: dict[int, Any] = {}
         while missing := [rank for rank in range(len(self._links)) if rank not in found]:
@@ -146,6 +161,7 @@ def _run(serve: Serve, link: Any, settings: dict[str, Any], log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGUSR1)  # also in processes that are forked from here
     try:
         serve(link, settings)
     except (EOFError, BrokenPipeError):

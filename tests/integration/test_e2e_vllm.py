@@ -82,12 +82,14 @@ def test_a_system_that_fails_is_a_row_and_the_others_go_on(model: Path, how: str
 
 def test_a_system_that_hangs_ends_and_what_was_not_begun_is_named(model: Path) -> None:
     begin = time.monotonic()
-    code, report, _ = run(model, "sidp,dp", "--limit", "4", fail={"sidp": "hang"})
+    logs = model / "logs"
+    code, report, _ = run(model, "sidp,dp", "--limit", "4", "--logs", str(logs), fail={"sidp": "hang"})
     assert time.monotonic() - begin < 60  # and not the 600 s that the engine would take
     assert code == 1
     sidp, dp = report.failures
     assert sidp.reason.startswith("no answer of engines [0")  # on a busy machine engine 1 has not started either
     assert dp.reason == "no time left: 4 s were spent"
+    assert "fake_engine.py" in (logs / "sidp-0" / "engine-0.log").read_text(), "it does not say where it hangs"
 
 
 def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
