@@ -19,6 +19,8 @@ def serve(link: Any, settings: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # all engines would choose the same cores
     pooled = settings["system"].startswith("sidp")
+    if not pooled:
+        os.environ.setdefault("VLLM_PLUGINS", "")  # ours would have CUDA load all kernels at its start
     if settings["gpus"] and settings["system"] != "tp":
         config.put_own_gpu_first(settings["rank"] % settings["gpus"], settings["gpus"])
     llm = _start(settings, pooled)
