@@ -181,6 +181,26 @@ def test_another_worker_would_never_end_the_warm_up() -> None:
             compat.check_worker(given)
 
 
+def test_kernels_that_vllm_compiles_in_mid_run_are_loaded_before_it() -> None:
+    lengths: list[int] = []
+
+    def note(num_reqs: int, starts: torch.Tensor, positions: torch.Tensor) -> None:
+        assert starts.tolist() == [0, 0], "a request of no tokens"
+        lengths.append(positions.shape[0])
+
+    table = SimpleNamespace(compute_slot_mapping=note)
+    starts = SimpleNamespace(gpu=torch.arange(9, dtype=torch.int32))
+    for room, expected in ((1024, [1, 16, 17]), (16, [1, 16])):
+        lengths.clear()
+        positions = torch.zeros(room, dtype=torch.int64)
+        runner = SimpleNamespace(
+            input_batch=SimpleNamespace(block_table=table), positions=positions, query_start_loc=starts
+        )
+        compat.load_late_kernels(runner)
+        assert lengths == expected
+    compat.load_late_kernels(SimpleNamespace(positions=positions))  # of another vLLM
+
+
 def test_piecewise_graphs_end_at_the_operators() -> None:
     given = plain_settings()
     for _ in range(2):

@@ -176,3 +176,21 @@ def set_num_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+
+
+def load_late_kernels(runner: Any) -> None:
+    """Loads, on a GPU, the kernels that vLLM compiles in mid-run, which its own warm-up leaves out.
+
+    Loading one waits for the device, and with CaS two engines that load at once would wait for each other's answers.
+    Known: Triton compiles the slot mapping of a step anew for a number of tokens of 1, of a multiple of 16, and for
+    others (vLLM 0.20 V1). A runner without it has none to load.
+    """
+    try:
+        compute: Callable[..., None] = runner.input_batch.block_table.compute_slot_mapping
+        starts, positions = runner.query_start_loc.gpu[:2], runner.positions
+    except AttributeError:
+        return
+    starts.zero_()  # one request of no tokens: only what pads the mapping is written
+    for tokens in (1, 16, 17):
+        if tokens <= positions.shape[0]:
+            compute(1, starts, positions[:tokens])

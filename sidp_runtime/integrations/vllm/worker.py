@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from . import compat
 from .engine import current
 
 
@@ -23,12 +24,19 @@ class PooledWorker:
     def compile_or_warm_up_model(self) -> Any:
         """Collective. Steps are WaS and teach the policy nothing until it returns."""
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self._warm_up_more()
         current().end_warm_up()
         return result
+
+    def _warm_up_more(self) -> None:
+        """What vLLM leaves to the first steps."""
 
 
 class SidpWorker(PooledWorker, Worker):  # type: ignore[misc]
     """For ``worker_cls`` on GPUs."""
+
+    def _warm_up_more(self) -> None:
+        compat.load_late_kernels(self.model_runner)
 
 
 def __getattr__(name: str) -> Any:
