@@ -304,8 +304,16 @@ void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const 
   const Tracer::Session session = trace_session();
   const TraceSpan span(tracer_, session, session == 0 ? TraceEvent{} : request_event(layer, op, rows),
                        TraceSpan::Time::kBoth, stream);
-  const bool local_next = layer + 1 < pool_->placement().num_layers() && pool_->is_local(layer + 1);
-  channel_->compute(stream, layer, op, x, rows, y, local_next);
+  channel_->compute(stream, layer, op, x, rows, y, local_comes_after(layer, op));
+}
+
+// Ops of a layer are asked for in the order in which they were declared.
+bool Runtime::local_comes_after(LayerIndex layer, OpIndex op) const {
+  static_cast<void>(mailbox_->kernel(layer, op));  // throws for an unknown op
+  if (layer + 1 == pool_->placement().num_layers() || !pool_->is_local(layer + 1)) return false;
+  const std::vector<Op>& ops = mailbox_->ops();
+  return std::none_of(ops.begin() + op + 1, ops.end(),
+                      [&](const Op& later) { return later.kernels[static_cast<std::size_t>(layer)] != nullptr; });
 }
 
 // What broke a step off, a capture that became invalid among it, is what its caller shall hear of.

@@ -125,7 +125,7 @@ class ActivationChannel {
   // Answers nobody from now on. The request in work is finished.
   virtual void stop() noexcept = 0;
   // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws.
-  // local_next: the next layer is local, so with the answer this rank's turn begins.
+  // local_next: a local layer comes next, so with the answer this rank's turn begins.
   virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                        bool local_next) = 0;
   // Around a local layer of a CaS step, for channels whose services run beside the engine on one device: in this turn

@@ -214,19 +214,31 @@ class RankProcess {
     }
   }
 
-  // An engine in a local layer of a CaS step: how=held, how=released, or how=ended, the step without a release.
+  // An engine at a local layer of a CaS step: how=held, how=released, or how=ended, the step without a release. Or at
+  // the remote layer before one, whose how=first or how=last op was answered.
   void turn(Runtime& runtime) {
     const Stream stream = gpu_->hooks().stream;
-    LayerIndex local = 0;
-    while (!runtime.pool().is_local(local)) ++local;
+    const std::string how = text("how", "held");
+    LayerIndex local = 1;
+    while (!runtime.pool().is_local(local) || runtime.pool().is_local(local - 1)) ++local;
     runtime.begin_step(stream, 1);
-    (void)runtime.fetch_layer(stream, local);
-    if (text("how", "held") == "released") runtime.release_layer(stream, local);
-    if (text("how", "held") == "ended") runtime.end_step(/*broken_off=*/true);
+    const std::vector<Op>& ops = runtime.mailbox()->ops();
+    std::vector<std::byte> x, y;
+    if (how == "first" || how == "last") {
+      const auto op = static_cast<OpIndex>(how == "first" ? 0 : ops.size() - 1);
+      x.resize(ops[static_cast<std::size_t>(op)].in_row_bytes);
+      y.resize(ops[static_cast<std::size_t>(op)].out_row_bytes);
+      runtime.remote_compute(stream, local - 1, op, x.data(), 1, y.data());
+    } else {
+      (void)runtime.fetch_layer(stream, local);
+    }
+    if (how == "released") runtime.release_layer(stream, local);
+    if (how == "ended") runtime.end_step(/*broken_off=*/true);
     gpu_->wait();
     mark("in turn");
     await("end");
-    if (text("how", "held") != "ended") runtime.end_step(/*broken_off=*/true);
+    if (how != "ended") runtime.end_step(/*broken_off=*/true);
+    gpu_->wait();
   }
 
   // Pools one after the other on a device where others take memory and give it back in between.

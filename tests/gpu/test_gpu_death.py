@@ -41,8 +41,8 @@ def step_until_struck(context: RankContext, mode: str) -> dict[str, Any]:
 def test_survivors_of_a_kill_finish_with_right_results(seed: int, mode: str) -> None:
     moment = random.Random(seed)
     victim, delay_s = moment.randrange(2), moment.uniform(0, 0.05)
-    with Ranks(step_until_struck, 2, mode=mode) as ranks:
-        ranks.wait_for("started", 40)
+    with Ranks(step_until_struck, 2, timeout_s=90, mode=mode) as ranks:
+        ranks.wait_for("started", 60)
         time.sleep(delay_s)
         ranks.signal(victim, signal.SIGKILL)
         ranks.mark("struck")
@@ -83,8 +83,8 @@ def beside_a_stopped_owner(context: RankContext) -> dict[str, Any]:
 
 
 def test_a_stopped_owner_costs_one_deadline_and_is_not_waited_for_again() -> None:
-    with Ranks(beside_a_stopped_owner, 2) as ranks:
-        ranks.wait_for("started", 40)
+    with Ranks(beside_a_stopped_owner, 2, timeout_s=90) as ranks:
+        ranks.wait_for("started", 60)
         ranks.signal(0, signal.SIGSTOP)
         ranks.mark("stopped")
         ranks.wait_for("survived")

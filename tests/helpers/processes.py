@@ -65,16 +65,16 @@ class RankContext:
         return torch.device("cuda", self.rank % used)
 
     def group(
-        self, *, deadline_ms: int = 10_000, store: Store | None = None, backend: str = "host", **arguments: Any
+        self, *, deadline_ms: int | None = None, store: Store | None = None, backend: str = "host", **arguments: Any
     ) -> sidp.Group:
-        """The group of this run; collective."""
+        """The group of this run; collective. On GPUs set-up has longer: CUDA loads all kernels in every process."""
         return sidp.Group(
             self.rank,
             self.world_size,
             store or self.store(),
             backend=backend,
             token=self.token,
-            deadline_ms=deadline_ms,
+            deadline_ms=deadline_ms or (10_000 if backend == "host" else 60_000),
             device=self.device(backend).index,
             **arguments,
         )

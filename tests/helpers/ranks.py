@@ -112,7 +112,7 @@ def open_replica(
     resident_layers: Sequence[int] = (),
     ops: Sequence[str] = ("mlp",),
     max_rows: int = 16,
-    deadline_ms: int = 10_000,
+    deadline_ms: int | None = None,
     runtime_deadline_ms: int | None = None,
     backend: str = "host",
     profile: sidp.MachineProfile = PROFILE,
@@ -122,8 +122,6 @@ def open_replica(
 ) -> Iterator[Replica]:
     """A filled and published pool and its runtime, closed at the end, by default once all ranks got there."""
     model = model or SyntheticModel()
-    if backend != "host":
-        deadline_ms = max(deadline_ms, 30_000)  # several tests may start their processes on one GPU
     with context.group(deadline_ms=deadline_ms, backend=backend, **(group_arguments or {})) as group:
         placement = model.placement(context.world_size, ring_slots=ring_slots, resident_layers=resident_layers)
         if backend != "host" and ops:
