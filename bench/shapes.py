@@ -61,6 +61,18 @@ _TABLE = (
         tokens=(1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096),
         cas_rows=1024,
     ),
+    Shape(  # https://huggingface.co/meta-llama/Llama-3.1-70B, config.json; 8 of its 80 layers, 1.71 GB each
+        "llama-3.1-70b",
+        hidden=8192,
+        attention=8192,
+        qkv=10240,
+        intermediate=28672,
+        layers=8,
+        dtype="bfloat16",
+        sizes=(64 * _KIB, 256 * _KIB, _MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB, 256 * _MIB, 1024 * _MIB),
+        tokens=(1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096),
+        cas_rows=1024,
+    ),
     Shape(
         "medium",
         hidden=512,

@@ -19,7 +19,7 @@ app = typer.Typer(help="Microbenchmarks, with every peer in the same run.", no_a
 
 Backend = Annotated[str, typer.Option(help="host or nvshmem.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter samples.")]
-Shape = Annotated[Optional[str], typer.Option(help="Layers' shape: qwen3-32b, medium or small.")]  # noqa: UP045
+Shape = Annotated[Optional[str], typer.Option(help="Layers' shape: qwen3-32b, llama-3.1-70b, medium or small.")]  # noqa: UP045
 Limit = Annotated[float, typer.Option(min=1, help="Seconds for all cases together.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the figures here.")]  # noqa: UP045
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the package with its GPU backend in place, runs the kernels under compute-sanitizer, then the conformance suite
 # and the GPU tests on the GPUs of this machine; with one GPU the ranks share it. Needs nvcc, torch for CUDA, nvshmem4py,
-# cmake, ninja, pybind11, pytest and pytest-timeout. Arguments go to pytest (-n 4 with pytest-xdist: two minutes).
+# cmake, ninja, pybind11, pytest and pytest-timeout. Arguments go to pytest: with pytest-xdist -n 4 on one GPU and 16 cores,
+# -n 10 on two GPUs and 32 cores; more starve each other, as each process has CUDA load all kernels.
 # SIDP_TEST_BUILD=0: do not build.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
