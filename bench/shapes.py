@@ -47,6 +47,8 @@ class Shape:
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
+_SIZES = (64 * _KIB, 256 * _KIB, _MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB, 256 * _MIB, 1024 * _MIB)
+_TOKENS = (1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 
 _TABLE = (
     Shape(  # https://huggingface.co/Qwen/Qwen3-32B, config.json; 16 of its 64 layers, 0.975 GB each
@@ -57,8 +59,8 @@ _TABLE = (
         intermediate=25600,
         layers=16,
         dtype="bfloat16",
-        sizes=(64 * _KIB, 256 * _KIB, _MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB, 256 * _MIB, 1024 * _MIB),
-        tokens=(1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096),
+        sizes=_SIZES,
+        tokens=_TOKENS,
         cas_rows=1024,
     ),
     Shape(  # https://huggingface.co/meta-llama/Llama-3.1-70B, config.json; 8 of its 80 layers, 1.71 GB each
@@ -69,8 +71,8 @@ _TABLE = (
         intermediate=28672,
         layers=8,
         dtype="bfloat16",
-        sizes=(64 * _KIB, 256 * _KIB, _MIB, 4 * _MIB, 16 * _MIB, 64 * _MIB, 256 * _MIB, 1024 * _MIB),
-        tokens=(1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096),
+        sizes=_SIZES,
+        tokens=_TOKENS,
         cas_rows=1024,
     ),
     Shape(
