@@ -317,7 +317,7 @@ class RankContext:
         the clock that it brings about itself, not at the one that the subject before it has left.
         """
         heavy = self.on_gpu and rows >= HEAVY_ROWS
-        ahead_s = 0.25 if heavy else 0.05
+        ahead_s = 0.5 if heavy else 0.05
         return Pace(0.05 if self.quick else 0.25 if heavy else 0.12, ahead_s if self.on_gpu else 0.0)
 
     def steps(self, make: Callable[[], Callable[[], object]], pace: Pace) -> Subject:

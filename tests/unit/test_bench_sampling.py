@@ -110,9 +110,9 @@ def test_what_breaks_ahead_of_a_sample_has_a_reason_and_no_figure(tmp_path: Path
 
 def test_steps_are_heated_by_themselves_on_a_gpu_for_longer_where_products_take_the_time(tmp_path: Path) -> None:
     gpu, host, quick = context(tmp_path), context(tmp_path, backend="host"), context(tmp_path, quick=True)
-    assert gpu.pace(HEAVY_ROWS) == Pace(0.25, 0.25)
+    assert gpu.pace(HEAVY_ROWS) == Pace(0.25, 0.5)
     assert gpu.pace(HEAVY_ROWS - 1) == Pace(0.12, 0.05)
-    assert quick.pace(HEAVY_ROWS).ahead_s == 0.25  # a short sample is no colder
+    assert quick.pace(HEAVY_ROWS).ahead_s == 0.5  # a short sample is no colder
     assert {host.pace(rows).ahead_s for rows in (1, HEAVY_ROWS)} == {0.0}
 
 
