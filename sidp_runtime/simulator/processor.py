@@ -1,4 +1,4 @@
-"""A rank's compute: one piece of work at a time, requests of other ranks ahead of its own."""
+"""A rank's compute: one piece of work at a time, its own layers and requests of other ranks in order of arrival."""
 
 from __future__ import annotations
 
@@ -19,26 +19,22 @@ class Work:
 
 
 class Processor:
-    """Runs work to its end, in order of arrival; while the rank's ports are busy it takes ``slowdown`` times as long.
-
-    What runs is not interrupted: a request waits for the layer that its owner is computing, no longer.
-    """
+    """Runs work to its end, in order of arrival; while its ports are busy it takes ``slowdown`` times as long."""
 
     def __init__(self, engine: Engine, slowdown: float) -> None:
         self._engine = engine
         self._slowdown = slowdown
         self._factor = 1.0
-        self._own: deque[Work] = deque()
-        self._requests: deque[Work] = deque()
+        self._queue: deque[Work] = deque()
         self._running: Work | None = None
         self._left_ms = 0.0
         self._since_ms = 0.0
         self._timer: Timer | None = None
         self._stopped = False
 
-    def submit(self, work: Work, *, request: bool = False) -> None:
+    def submit(self, work: Work) -> None:
         if not self._stopped:
-            (self._requests if request else self._own).append(work)
+            self._queue.append(work)
             self._next()
 
     def set_copying(self, copying: bool) -> None:
@@ -53,15 +49,14 @@ class Processor:
 
     def stop(self) -> None:
         self._stopped = True
-        self._own.clear()
-        self._requests.clear()
+        self._queue.clear()
         self._running = None
         if self._timer is not None:
             self._timer.cancel()
 
     def _next(self) -> None:
-        if self._running is None and (self._requests or self._own):
-            self._running = (self._requests or self._own).popleft()
+        if self._running is None and self._queue:
+            self._running = self._queue.popleft()
             self._left_ms = self._running.work_ms
             self._running.started()
             self._schedule()

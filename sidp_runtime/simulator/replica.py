@@ -208,7 +208,7 @@ class Replica:
             self._recorder.span(self._rank, "serve", step, layer, requester, begun_ms)
             reply()
 
-        self.processor.submit(Work(work_ms, started, done), request=True)
+        self.processor.submit(Work(work_ms, started, done))
 
     def _copy_from(self, owner: int) -> None:
         """The layer of a dead owner, copied when it is needed and not ahead of it."""

@@ -195,18 +195,23 @@ def test_a_request_costs_a_round_trip_rows_and_the_owners_compute() -> None:
     assert [replica.requests_served for replica in result.replicas] == [1, 1]
 
 
-def test_an_owner_serves_in_order_of_arrival_ahead_of_its_own_layers() -> None:
-    """Owner 0 ends its layer 0, serves 2, who asked first, and 1, and goes on with layer 1, which all hold."""
-    settings = config(3, num_layers=2, resident_layers=(1,), layer_ms=2.0, mode=Mode.CAS, start_ms=(0.0, 0.5, 0.25))
-    spans = [span for span in simulate(replace(settings, trace=True)).spans if span.rank == 0]
-    assert [(span.kind, span.layer, span.peer) for span in spans] == [
-        ("compute", 0, 0),
-        ("serve", 0, 2),
-        ("serve", 0, 1),
-        ("compute", 1, 0),
-    ]
+@pytest.mark.parametrize(
+    ("start_ms", "order"),
+    [
+        # The owner ends its layer 0, serves 2, who asked first, and 1, and goes on with layer 1, which all hold.
+        ((0.0, 0.5, 0.25), [("compute", 0, 0), ("serve", 0, 2), ("serve", 0, 1), ("compute", 1, 0)]),
+        # It comes to its layer 0 after 1 asked and before 2 does.
+        ((0.5, 0.0, 1.0), [("serve", 0, 1), ("compute", 0, 0), ("serve", 0, 2), ("compute", 1, 0)]),
+    ],
+)
+def test_an_owners_own_layers_and_requests_take_turns_in_order_of_arrival(
+    start_ms: tuple[float, ...], order: list[tuple[str, int, int]]
+) -> None:
+    settings = config(3, num_layers=2, resident_layers=(1,), layer_ms=2.0, mode=Mode.CAS, start_ms=start_ms)
+    spans = [span for span in simulate(replace(settings, trace=True)).spans if span.rank == 0 and span.kind != "wait"]
+    assert [(span.kind, span.layer, span.peer) for span in spans] == order
     assert [span.start_ms for span in spans] == pytest.approx([0.0, 2.0, 4.0, 6.0])
-    assert simulate(settings).replicas[0].wait_ms == pytest.approx(4.0)
+    assert simulate(settings).replicas[0].wait_ms == pytest.approx(8.0 - 2 * 2.0 - start_ms[0])
 
 
 def test_replicas_in_phase_fall_into_a_pipeline_over_the_owners() -> None:
