@@ -10,11 +10,14 @@ from ..errors import ConfigError
 from ..planner.gpus import GpuProfile
 from .config import SimulationConfig
 
+_H200 = GpuProfile.read("H200").rates
+
 # H200 pair: 16 layers of Qwen3-32B's shape in bf16, without attention.
 H200_LAYER_BYTES = 2 * (8192 * 5120 + 3 * 5120 * 25600 + 5120 * 10240)
 # One matrix product beside a saturated copy engine over the same product alone, by rows.
 H200_SLOWDOWN = ((64, 1.16), (256, 1.05), (1024, 1.09), (2048, 0.99))
-H200_LINK_GBPS = 373.0  # copy engine, both directions at once, 1 GiB
+H200_LINK_GBPS = _H200.copy_bytes_per_s / 1e9
+H200_ROW_BYTES = (2 * (8192 + 5120), 2 * (10240 + 5120))  # attention and residual there, qkv and residual back
 H200_COPY_LATENCY_US = 3.0  # 1 MiB at 180 GB/s took that much longer than at the rate of 1 GiB
 
 # H20 x 8 of bytedance-iaas/sglang, benchmark/kernels/sidp: 48 equal layers, one of 8 local, a matrix product each.
@@ -39,7 +42,7 @@ def h200_pair(rows: int, **changes: Any) -> SimulationConfig:
 
     Fields of SimulationConfig in ``changes`` replace those given here.
     """
-    times = GpuProfile.read("H200").rates.linear_times  # of 16 layers with all weights local
+    times = _H200.linear_times  # of 16 layers with all weights local
     assert times is not None
     if rows not in times.rows:
         raise ConfigError(f"{rows} rows were not measured; take one of {', '.join(map(str, times.rows))}")
@@ -52,6 +55,8 @@ def h200_pair(rows: int, **changes: Any) -> SimulationConfig:
         copy_latency_us=H200_COPY_LATENCY_US,
         overlap_slowdown=h200_slowdown(rows),
         num_steps=6,
+        row_bytes=sum(H200_ROW_BYTES) // 2,
+        round_trip_us=_H200.round_trip_us,
     )
     return replace(config, **changes)
 

@@ -34,7 +34,7 @@ def test_the_planner_agrees_with_the_simulator(replicas: int, rows: int) -> None
         world_size=replicas,
         layer_bytes=(LAYER_BYTES,) * 64,
         layer_ms=times.work_s * 1e3 / 64,
-        link_gbps=373.0,
+        link_gbps=373.7,
         copy_latency_us=3.0,
         warm_slots=2,
         num_steps=4,

@@ -6,7 +6,9 @@ from random import Random
 from statistics import mean, median
 
 import pytest
+from helpers.bench_results import medians
 
+from sidp_runtime import Mode
 from sidp_runtime.errors import ConfigError
 from sidp_runtime.simulator import simulate
 from sidp_runtime.simulator.scenarios import h20_eight, h200_pair
@@ -14,22 +16,19 @@ from sidp_runtime.simulator.scenarios import h20_eight, h200_pair
 WITHIN = 0.10
 
 
-@pytest.mark.parametrize(("rows", "measured_ms"), [(512, 21.65), (768, 23.7), (1024, 28.9), (1536, 42.1), (2048, 55.4)])
-def test_h200_pair_ring_filled_anew_each_step(rows: int, measured_ms: float) -> None:
-    steps = simulate(h200_pair(rows, refill=False)).replicas
-    assert mean(steps[0].step_ms + steps[1].step_ms) == pytest.approx(measured_ms, rel=WITHIN)
+H200_MS = {
+    (mode, rows): measured_ms
+    for mode in (Mode.WAS, Mode.CAS)
+    for rows, measured_ms in medians("2x-nvidia-h200", "step_time", "step", f"sidp_{mode.name.lower()}_graph").items()
+}
 
 
-@pytest.mark.parametrize(("rows", "measured_ms"), [(512, 20.48), (768, 22.5), (1024, 28.9), (1536, 42.1), (2048, 55.6)])
-def test_h200_pair_ring_refilled_across_steps(rows: int, measured_ms: float) -> None:
-    steps = simulate(h200_pair(rows, warm_slots=2)).replicas
-    assert mean(steps[0].step_ms + steps[1].step_ms) == pytest.approx(measured_ms, rel=WITHIN)
-
-
-@pytest.mark.parametrize(("rows", "measured_ms"), [(1, 22.3), (64, 21.7), (256, 21.3)])
-def test_h200_pair_bound_by_the_link(rows: int, measured_ms: float) -> None:
-    steps = simulate(h200_pair(rows, refill=False)).replicas
-    assert mean(steps[0].step_ms + steps[1].step_ms) == pytest.approx(measured_ms, rel=WITHIN)
+@pytest.mark.parametrize(("mode", "rows"), H200_MS)
+def test_h200_pair(mode: Mode, rows: int) -> None:
+    """All steps but the first, which is not counted where it is measured either."""
+    replicas = simulate(h200_pair(rows, mode=mode, warm_slots=2)).replicas
+    simulated_ms = mean(ms for replica in replicas for ms in replica.step_ms[1:])
+    assert simulated_ms == pytest.approx(H200_MS[mode, rows], rel=WITHIN)
 
 
 def slowest(start_ms: tuple[float, ...], **changes: int) -> float:
@@ -67,9 +66,9 @@ def test_h20_eight_in_phase_depends_on_how_late_each_launch_is() -> None:
 
     This pins the sensitivity that docs/simulator.md states. It is no reproduction: the lateness is no input we have.
     """
-    assert slowest((0.0,) * 8) == pytest.approx(159.35, rel=0.01)
+    assert slowest((0.0,) * 8) == pytest.approx(159.05, rel=0.01)
     late = [random_starts(most_ms) for most_ms in (0.1, 0.2, 0.3, 0.5)]
-    assert late == sorted(late, reverse=True)
+    assert 159 * 0.75 > late[0] == max(late)
     for most_ms, simulated_ms in zip((0.2, 0.3, 0.5), late[1:], strict=True):
         for measured_ms in (99.61, 99.96):
             assert simulated_ms == pytest.approx(measured_ms, rel=WITHIN), most_ms
@@ -84,5 +83,5 @@ def test_h20_eight_slices_help_ranks_that_start_together_and_less_so_apart() -> 
 
 
 def test_rows_that_were_not_measured_are_refused() -> None:
-    with pytest.raises(ConfigError, match="100 rows were not measured; take one of 1, 32"):
+    with pytest.raises(ConfigError, match="100 rows were not measured; take one of 1, 16"):
         h200_pair(100)
