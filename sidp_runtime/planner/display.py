@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .memory import non_zero
-from .planner import HIDDEN_WITHIN, Plan, Scheme
+from .planner import CAS_MEASURED_REPLICAS, HIDDEN_WITHIN, Plan, Scheme
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -97,10 +97,14 @@ def _findings(plan: Plan) -> list[str]:
     )
     if limits.cas_below is not None:
         found.append(
-            f"CaS is predicted faster, not measured, in decode steps of fewer than {_count(limits.cas_below, fit)} "
-            "sequences"
+            f"CaS is predicted faster{_unmeasured(plan)} in decode steps of fewer than "
+            f"{_count(limits.cas_below, fit)} sequences"
         )
     return found
+
+
+def _unmeasured(plan: Plan) -> str:
+    return "" if plan.replicas == CAS_MEASURED_REPLICAS else f", not measured with {plan.replicas} replicas,"
 
 
 def _against(plan: Plan, best: Scheme) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
 from .step_time import StepLoad, StepTimes, Streamed
 
+CAS_MEASURED_REPLICAS = 2  # with as many CaS may decide; with more it was not measured
 HIDDEN_WITHIN = 0.05  # a stream that lengthens the step by no more counts as hidden
 _LARGEST_STEP = 1 << 20  # tokens; a threshold beyond is none
 _LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
@@ -89,9 +90,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``sidp plan`` shows. ``residency``: SiDP in WaS mode with 0, 1, ... resident layers; ``best``: the fastest.
+    """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the fastest.
 
-    ``cas``: the fastest residency in CaS mode, never measured in this form: it decides nothing. None: no slots.
+    With two replicas each residency is in its faster mode, with more in WaS. ``cas``: the fastest residency in CaS of
+    more than two replicas, which was not measured and decides nothing; else None.
     """
 
     shape: ModelShape
@@ -148,11 +150,15 @@ class Planner:
         dp = self._whole(workload, 1)
         degrees = [1 << bit for bit in range(1, self.replicas.bit_length()) if self._splits(1 << bit)]
         tp = [self._whole(workload, degree) for degree in degrees]
-        residency = [self._sidp(workload, k) for k in range(self.shape.num_layers)]
-        best = _fastest(residency)
-        cas = None
+        residents = range(self.shape.num_layers)
+        residency, cas = [self._sidp(workload, k) for k in residents], None
         if self.settings.max_rows:
-            cas = _fastest([self._sidp(workload, k, cas=True) for k in range(self.shape.num_layers)])
+            asking = [self._sidp(workload, k, cas=True) for k in residents]
+            if self.replicas == CAS_MEASURED_REPLICAS:
+                residency = [_fastest([streaming, asked]) for streaming, asked in zip(residency, asking, strict=True)]
+            else:
+                cas = replace(found := _fastest(asking), name=f"{found.name} *")
+        best = _fastest(residency)
         if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
             self._raise_nothing_fits(workload, residency[0].device)
         return Plan(
@@ -231,7 +237,7 @@ class Planner:
         placement = memory.place(self.shape, self.replicas, num_resident, self.settings)
         device = memory.shared(self.shape, self.gpu.memory_bytes, workload.context, self.settings, placement)
         load = self._load(workload, device.sequences, self.settings.max_rows if cas else None)
-        name = ("SiDP" if num_resident == 0 else f"SiDP, {num_resident} resident") + " *" * cas
+        name = "SiDP" if num_resident == 0 else f"SiDP, {num_resident} resident"
         if device.sequences == 0:
             return self._scheme(name, "sidp", num_resident, 1, device, load, None, None, None)
         times = step_time.step_times(self.gpu, self.shape, load, memory.streamed(placement), self.replicas)
@@ -276,10 +282,14 @@ class Planner:
                 )
         if cas is not None and cas.times is not None:
             found.append(
-                f"* CaS was never measured in this form and decides nothing: {cas.times.cas_s * 1e3:.1f} ms a step of "
-                f"at most {self.settings.max_rows} rows, prompts in chunks, if the replicas follow each other through "
-                f"the owners; {cas.times.cas_lockstep_s * 1e3:.1f} ms in lockstep, as it was measured (--cas-rows 0 "
-                "leaves it out)"
+                f"* CaS was measured with {CAS_MEASURED_REPLICAS} replicas, not with {self.replicas}, and decides "
+                f"nothing: {cas.times.cas_s * 1e3:.1f} ms a step of at most {self.settings.max_rows} rows, prompts in "
+                "chunks, if they too follow each other through the owners (--cas-rows 0 leaves it out)"
+            )
+        if best.mode == _C.Mode.CAS.name:
+            found.append(
+                f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. It "
+                f"was measured without attention, with one op a layer; {step_time.OPS_PER_LAYER} are planned"
             )
         if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
             found.append(

@@ -46,8 +46,7 @@ class StepTimes:
     """Seconds of a step. ``local_s``: with all weights here; ``work_s``: that, beside a stream written to memory.
 
     ``copy_s``: the streamed layers on a link of one's own; ``was_floor_s``: WaS with such a link; ``was_s``: with links
-    shared by replicas that drift, as simulated. ``cas_s``: replicas follow each other through the owners;
-    ``cas_lockstep_s``: all in the same layer at once.
+    shared by replicas that drift, as simulated. ``cas_s``: replicas follow each other through the owners.
     """
 
     local_s: float
@@ -56,7 +55,6 @@ class StepTimes:
     was_floor_s: float
     was_s: float
     cas_s: float
-    cas_lockstep_s: float
 
 
 def attention_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad) -> float:
@@ -105,32 +103,7 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
         was_floor_s=times.was_floor_s,
         was_s=times.was_s,
         cas_s=times.cas_s,
-        cas_lockstep_s=lockstep_cas_s(gpu, shape, load, streamed, world_size),
     )
-
-
-def lockstep_cas_s(
-    gpu: GpuProfile,
-    shape: ModelShape,
-    load: StepLoad,
-    streamed: Streamed,
-    world_size: int,
-    *,
-    ops_per_layer: int = OPS_PER_LAYER,
-    row_bytes: int | None = None,
-) -> float:
-    """CaS with all replicas in the same layer: its owner computes the rows of all, the others idle.
-
-    ``row_bytes``: of a row of a layer, there and back; None: of the three ops that the transformers integration has.
-    """
-    share = world_size / (world_size - 1)  # some replica waits for an owner in every pooled layer
-    pooled = min(streamed.num_bytes * share, float(shape.linear_bytes))
-    linears = gpu.linears_s(pooled, load.rows * world_size, shape.element_bytes)
-    linears += gpu.linears_s(shape.linear_bytes - pooled, load.rows, shape.element_bytes)
-    moved = load.rows * (shape.row_bytes if row_bytes is None else row_bytes) / gpu.rates.copy_bytes_per_s
-    layers = min(streamed.num_layers * share, shape.num_layers)  # an uneven share must not make more than there are
-    trips = layers * (ops_per_layer * gpu.rates.round_trip_us * 1e-6 + moved)
-    return linears + attention_s(gpu, shape, load) + head_s(gpu, shape, load) + trips
 
 
 def tensor_parallel_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad, degree: int) -> float:

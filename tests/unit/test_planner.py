@@ -1,4 +1,4 @@
-"""Step times against the mode policy, the choice of residency, thresholds, and the command."""
+"""Step times against the mode policy, the choice of residency and mode, thresholds, and the command."""
 
 from __future__ import annotations
 
@@ -126,7 +126,26 @@ def test_cas_is_shown_within_its_slots_and_decides_nothing() -> None:
     assert plan.cas.batch * (1 + 2048 / 512) <= 512 + 1e-9  # prompts in chunks: no step is larger than a slot
     assert {scheme.mode for scheme in plan.residency} == {"WAS"}
     assert plan.best in plan.residency
-    assert any("never measured in this form" in warning for warning in plan.warnings)
+    assert any("measured with 2 replicas, not with 8, and decides nothing" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize(("prompt", "output", "mode"), [(512, 2048, "CAS"), (8192, 1024, "CAS"), (2048, 512, "WAS")])
+def test_with_two_replicas_each_residency_is_in_its_faster_mode(prompt: int, output: int, mode: str) -> None:
+    def plan(cas_rows: int) -> Plan:
+        return Planner(QWEN, H200, 2, MemorySettings(max_rows=cas_rows)).plan(Workload(prompt, output))
+
+    both = plan(512)
+    assert (both.cas, both.sidp.mode, both.best.mode) == (None, mode, "CAS")
+    assert any("SiDP is planned in CaS: no step has more than 512 rows" in warning for warning in both.warnings)
+    assert not any("CaS" in warning for warning in plan(0).warnings)
+    planner = Planner(QWEN, H200, 2)
+    for k, scheme in enumerate(both.residency):
+        modes = [planner._sidp(Workload(prompt, output), k, cas=cas) for cas in (False, True)]
+        assert scheme.tokens_per_s == max(found.tokens_per_s or 0 for found in modes)
+        assert scheme.times is not None
+        assert scheme.step_s == (scheme.times.cas_s if scheme.mode == "CAS" else scheme.times.was_s)
+        if scheme.mode == "CAS":
+            assert scheme.batch * (1 + prompt / output) <= 512 + 1e-9
 
 
 def test_bounds_of_the_engine_bound_the_batch() -> None:
