@@ -12,6 +12,7 @@ import typing_extensions
 __all__: list[str] = [
     "ALIGNMENT",
     "LARGEST_SIMULATED",
+    "SPIN_ROWS",
     "Backend",
     "ByteView",
     "Decision",
@@ -406,6 +407,7 @@ class Runtime:
         hysteresis: typing.SupportsFloat | typing.SupportsIndex,
         row_buckets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
         deferred_start: bool = False,
+        spin_rows: typing.SupportsInt | typing.SupportsIndex = 128,
         test_lane_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
         test_service_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
@@ -661,3 +663,4 @@ def unlink_segments(token: str, world_size: typing.SupportsInt | typing.Supports
 
 ALIGNMENT: int = 256
 LARGEST_SIMULATED: int = 16
+SPIN_ROWS: int = 128

@@ -148,6 +148,11 @@ class Group:
         """Whether that rank runs on this rank's GPU, by UUID; False on the host."""
         return bool(self._gpus) and self._gpus[peer] == self._gpus[self.rank]
 
+    @property
+    def gpu_is_shared(self) -> bool:
+        """Whether ranks share GPUs, as NVSHMEM has it on all of them or none; False on the host."""
+        return len(set(self._gpus)) < len(self._gpus)
+
     def make_backend(self) -> _C.Backend:
         """A backend of its own for one pool. All ranks make their pools in the same order."""
         self._check_open()

@@ -145,6 +145,8 @@ class Runtime:
             hysteresis=self.policy.hysteresis,
             row_buckets=buckets,
             deferred_start=True,
+            # a kernel that waits would use up the time slices that its owner needs on the same GPU
+            spin_rows=0 if pool.group.gpu_is_shared else _C.SPIN_ROWS,
             test_lane_delay_us=test_lane_delay_us,
             test_service_delay_us=test_service_delay_us,
         )

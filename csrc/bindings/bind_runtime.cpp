@@ -84,6 +84,7 @@ void remote_compute(Runtime& runtime, LayerIndex layer, OpIndex op, const Rows& 
 }  // namespace
 
 void bind_runtime(py::module_& m) {
+  m.attr("SPIN_ROWS") = kSpinRows;
   py::enum_<StepKind>(m, "StepKind", "How the calls of a step reach the device.")
       .value("RUN", StepKind::kRun)
       .value("CAPTURE", StepKind::kCapture)
@@ -93,8 +94,8 @@ void bind_runtime(py::module_& m) {
                        std::int64_t max_rows, ByteCount row_bytes, std::int32_t element_bytes,
                        const MachineProfile& profile, std::optional<Mode> fixed,
                        std::vector<std::pair<std::int64_t, Mode>> fixed_sizes, double hysteresis,
-                       std::vector<std::int64_t> row_buckets, bool deferred_start, std::uint32_t test_lane_delay_us,
-                       std::uint32_t test_service_delay_us) {
+                       std::vector<std::int64_t> row_buckets, bool deferred_start, std::int64_t spin_rows,
+                       std::uint32_t test_lane_delay_us, std::uint32_t test_service_delay_us) {
              RuntimeOptions options;
              options.deadline = Milliseconds(deadline_ms);
              options.max_rows = max_rows;
@@ -105,6 +106,7 @@ void bind_runtime(py::module_& m) {
              options.policy = {fixed, std::move(fixed_sizes), hysteresis};
              options.row_buckets = std::move(row_buckets);
              options.deferred_start = deferred_start;
+             options.spin_rows = spin_rows;
              options.lane.test_delay_us = test_lane_delay_us;
              options.service.test_delay_us = test_service_delay_us;
              return std::make_shared<Runtime>(std::move(pool), std::move(ops), options);
@@ -112,8 +114,8 @@ void bind_runtime(py::module_& m) {
            py::arg("pool"), py::arg("ops"), py::kw_only(), py::arg("deadline_ms"), py::arg("max_rows"),
            py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("fixed_sizes"),
            py::arg("hysteresis"), py::arg("row_buckets") = std::vector<std::int64_t>{},
-           py::arg("deferred_start") = false, py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0,
-           ReleaseGil())
+           py::arg("deferred_start") = false, py::arg("spin_rows") = kSpinRows, py::arg("test_lane_delay_us") = 0,
+           py::arg("test_service_delay_us") = 0, ReleaseGil())
       .def(
           "start", &Runtime::start, py::arg("failure") = "", ReleaseGil(),
           "Collective after deferred_start: begins to answer the other ranks. failure: why this one cannot; all raise.")
@@ -148,7 +150,15 @@ void bind_runtime(py::module_& m) {
           "bucket",
           [](const Runtime& r, LayerIndex layer, std::int64_t rows) { return r.mailbox()->bucket(layer, rows); },
           py::arg("layer"), py::arg("rows"), "Rows of the result that a request of so many rows needs room for.")
-      .def("stats", [](const Runtime& r) { return to_dict(r.stats()); })
+      .def("stats",
+           [](const Runtime& r) {
+             RuntimeStats stats;
+             {
+               const py::gil_scoped_release released;  // it asks the device
+               stats = r.stats();
+             }
+             return to_dict(stats);
+           })
       .def("start_trace", &Runtime::start_trace, py::arg("num_events"), ReleaseGil(),
            "Records what this rank does, between steps; see include/sidp/trace.hpp.")
       .def("stop_trace", &Runtime::stop_trace, ReleaseGil(), "Cuts an open step, which goes on; also once closed.")

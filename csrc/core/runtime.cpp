@@ -42,7 +42,8 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
                                           std::to_string(options_.max_rows) + " rows; raise max_rows or fix WaS");
   pool_->check_unclaimed();
   // A rank without ops makes no mailbox and would leave the others waiting for it there.
-  check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops", std::to_string(ops.size()));
+  check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops",
+                          std::to_string(ops.size()) + " (spin_rows " + std::to_string(options_.spin_rows) + ")");
   if (!ops.empty()) {
     mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows, options_.row_buckets);
     const ChannelOptions channel{options_.deadline, options_.service, options_.spin_rows};
@@ -78,7 +79,7 @@ void Runtime::close() noexcept {
     channel_->give_up();
     if (!backend.wait_step_end(options_.deadline)) backend.keep_memory();
   }
-  if (channel_) channel_->stop();
+  if (channel_ && !channel_->stop()) backend.keep_memory();
   backend.leave();
   if (!prefetcher_->stop()) backend.keep_memory();
 }
@@ -186,11 +187,11 @@ void Runtime::launched() {
 void Runtime::end_step(bool broken_off) {
   check_in_step("end_step");
   in_step_ = false;
-  if (takes_turns() && kind_ != StepKind::kReplay) end_turn(broken_off);
   if (kind_ == StepKind::kCapture) {
     const bool whole = decision_.mode == Mode::kCas || prefetcher_->step_complete();
     prefetcher_->forget_step();
     end_step_span(broken_off);
+    end_turn(broken_off);
     if (!broken_off && !whole)
       throw Error(
           ErrorCode::kUsage,
@@ -209,6 +210,7 @@ void Runtime::end_step(bool broken_off) {
       runtime.pool_->backend().mark_step_end(runtime.stream_);
     }
   } mark{*this, broken_off};
+  end_turn(broken_off);
   ++stats_.decisions[static_cast<std::size_t>(decision_.reason)];
   stats_.last_decision = decision_;
   const bool not_launched = kind_ == StepKind::kReplay && !launched_;  // so nothing was consumed either
@@ -318,6 +320,7 @@ bool Runtime::local_comes_after(LayerIndex layer, OpIndex op) const {
 
 // What broke a step off, a capture that became invalid among it, is what its caller shall hear of.
 void Runtime::end_turn(bool broken_off) {
+  if (!takes_turns()) return;
   try {
     channel_->end_turn(stream_);
   } catch (const Error&) {

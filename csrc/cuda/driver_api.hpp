@@ -41,7 +41,6 @@ struct Status {
   X(cuMemAlloc)                        \
   X(cuMemFree)                         \
   X(cuMemHostAlloc)                    \
-  X(cuMemFreeHost)                     \
   X(cuMemHostGetDevicePointer)         \
   X(cuMemHostRegister)                 \
   X(cuMemHostUnregister)               \
@@ -57,7 +56,6 @@ struct Status {
   X(cuStreamWriteValue32)              \
   X(cuStreamBatchMemOp)                \
   X(cuLibraryLoadData)                 \
-  X(cuLibraryUnload)                   \
   X(cuLibraryGetKernel)                \
   X(cuLaunchKernelEx)                  \
   X(cuLaunchHostFunc)                  \

@@ -14,6 +14,9 @@ inline std::string version_text(int packed) {
   return std::to_string(packed / 1000) + '.' + std::to_string(packed % 1000 / 10);
 }
 
+// Drivers of CUDA 12.3 and later can capture programmatic dependent launches (CUDA programming guide, "edge data").
+constexpr int kCapturesEarlyLaunches = 12030;
+
 // Version of the headers this file was compiled with.
 inline std::string compiled_version() { return version_text(CUDA_VERSION); }
 

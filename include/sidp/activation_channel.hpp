@@ -107,7 +107,7 @@ struct ServiceOptions {
 // Requests of so many rows or less wait for their answer by a kernel of one thread, others by a stream memory
 // operation. The kernel is 4 us quicker, but no peer's op on this GPU gets its place on a multiprocessor: on two H200 a
 // CaS step of 64 tokens took 1.071 x all layers here and 1.076 x by the operation, one of 512 tokens 1.102 x and 1.077
-// x.
+// x. An op that needs every multiprocessor at once (a cooperative launch) could never start beside it, and needs 0.
 constexpr std::int64_t kSpinRows = 128;
 
 struct ChannelOptions {
@@ -122,15 +122,17 @@ class ActivationChannel {
   virtual ~ActivationChannel() = default;  // stops
   // Begins to answer the other ranks.
   virtual void start() = 0;
-  // Answers nobody from now on. The request in work is finished.
-  virtual void stop() noexcept = 0;
+  // Answers nobody from now on. The request in work is finished; false if that took too long: it may still touch the
+  // memory of pool and mailbox.
+  virtual bool stop() noexcept = 0;
   // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws.
   // local_next: a local layer comes next, so with the answer this rank's turn begins.
   virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                        bool local_next) = 0;
   // Around a local layer of a CaS step, for channels whose services run beside the engine on one device: in this turn
-  // no service begins, and what `stream` does in it follows the services that had begun. Turns do not nest: a second
-  // begin, and an end without one, do nothing; compute() ends a turn. They order work and protect nothing.
+  // requests wait, though not for ever, and what `stream` does in it follows the services that had begun. Turns do not
+  // nest: a second begin, and an end without one, do nothing; compute() ends a turn. They order work and protect
+  // nothing.
   virtual void begin_turn(Stream) {}
   virtual void end_turn(Stream) {}
   // Throws Error(kDeadline) or Error(kRemoteOp) if an earlier request was not answered: the results of its step are
@@ -178,7 +180,10 @@ class FlagChannel final : public ActivationChannel {
   FlagChannel(WeightPool& pool, const Mailbox& mailbox, const ChannelOptions& options)
       : requester_(pool, mailbox, options.deadline), service_(pool, mailbox, options.service) {}
   void start() override { service_.start(); }
-  void stop() noexcept override { service_.stop(); }
+  bool stop() noexcept override {
+    service_.stop();
+    return true;
+  }
   void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                bool) override {
     requester_.compute(stream, layer, op, x, rows, y);

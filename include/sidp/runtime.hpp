@@ -27,7 +27,7 @@ struct RuntimeOptions {
   MachineProfile profile;
   LaneOptions lane;                    // tests only
   ServiceOptions service;              // tests only
-  std::int64_t spin_rows = kSpinRows;  // tests only: see ChannelOptions
+  std::int64_t spin_rows = kSpinRows;  // see ChannelOptions
 };
 
 // How the calls of a step reach the device. On a backend that is not stream-ordered every step runs.

@@ -19,6 +19,7 @@ class StepState:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.mode = Mode.WAS
+        self._local = [runtime.pool.is_local(layer) for layer in range(len(runtime.pool.layers))]
 
     @property
     def is_cas(self) -> bool:
@@ -40,11 +41,11 @@ class StepState:
         model.forward = step_forward
 
     def before_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.is_cas:
+        if not self.is_cas or self._local[layer]:  # in CaS a local layer takes turns with what peers ask for
             self.fetch(args[0], layer)
 
     def after_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.is_cas:
+        if not self.is_cas or self._local[layer]:
             self.release(output if isinstance(output, torch.Tensor) else output[0], layer)
 
     def fetch(self, x: torch.Tensor, layer: int) -> None:

@@ -47,18 +47,20 @@ void Landing::unregister() noexcept {
   begin_ = nullptr;
 }
 
-CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride,
-                   Rank world_size, std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer)
-    : device_(device),
+CopyLane::CopyLane(std::shared_ptr<const Device> device, const NvshmemApi& nvshmem, CUdeviceptr flags,
+                   ByteCount flag_stride, Rank world_size, std::vector<LaneOp> program, const LaneOptions& options,
+                   Tracer& tracer, std::shared_ptr<const bool> kept)
+    : shared_device_(std::move(device)),
+      device_(*shared_device_),
       nvshmem_(nvshmem),
       flags_(flags),
       flag_stride_(flag_stride),
       program_(std::move(program)),
       options_(options),
       tracer_(tracer),
-      landing_(device, nvshmem, program_),
-      arrived_(device, 1),
-      stream_(device, DeviceStream::Priority::kLane),
+      landing_(device_, nvshmem, program_),
+      arrived_(shared_device_, 1, std::move(kept)),
+      stream_(device_, DeviceStream::Priority::kLane),
       pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
   std::uint32_t last_flag = 0;
   for (const LaneOp& op : program_) {
@@ -67,8 +69,8 @@ CopyLane::CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr 
     copies_.push_back(op);
     pass_bytes_by_peer_[static_cast<std::size_t>(op.peer)] += op.bytes;
   }
-  for (std::uint32_t i = 0; i <= last_flag; ++i) slots_.emplace_back(device);
-  const ContextScope scope(device);
+  for (std::uint32_t i = 0; i <= last_flag; ++i) slots_.emplace_back(device_);
+  const ContextScope scope(device_);
   queue_next(kNoPass);
 }
 
@@ -109,6 +111,7 @@ void CopyLane::queue_next(std::uint64_t by_event) {
   while (!stopped_ && slots_[program_[next_].flag].empty) {
     Slot& slot = slots_[program_[next_].flag];
     slot.empty = slot.copied = false;
+    slot.number.store(0);
     slot.flagged = pass_ != by_event;
     slot.pass = pass_;
     const Tracer::Session session = tracer_.session();
@@ -118,7 +121,7 @@ void CopyLane::queue_next(std::uint64_t by_event) {
       next_ = (next_ + 1) % program_.size();
     } while (program_[next_].kind != LaneOp::Kind::kWait);
     slot.copied = true;
-    slot.number = queued_;
+    slot.number.store(queued_);
     if (next_ == 0) ++pass_;
   }
 }
@@ -187,12 +190,10 @@ bool CopyLane::stop() noexcept {
   while (!stream_.idle() && Clock::now() - start < options_.stop_deadline)
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   abandoned_ = !stream_.idle();
-  if (abandoned_) {
+  if (abandoned_)
     landing_.abandon();
-    arrived_.abandon();
-  } else {
+  else
     landing_.unregister();
-  }
   return !abandoned_;
 }
 
@@ -205,7 +206,9 @@ LaneStats CopyLane::stats() const {
   count_up_to(static_cast<std::uint32_t>(arrived_.load(0)));
   const ContextScope scope(device_);
   for (const Slot& slot : slots_)  // copies that set no flag: their slots' events tell
-    if (slot.copied && device_.api().cuEventQuery(slot.full.get()) == CUDA_SUCCESS) count_up_to(slot.number);
+    if (const std::uint32_t number = slot.number.load();
+        number != 0 && device_.api().cuEventQuery(slot.full.get()) == CUDA_SUCCESS && slot.number.load() == number)
+      count_up_to(number);
   LaneStats stats{.copies = arrived_total_, .bytes_by_peer = pass_bytes_by_peer_, .copy_ns = 0, .wait_ns = 0};
   const std::uint64_t passes = arrived_total_ / copies_.size();
   for (ByteCount& bytes : stats.bytes_by_peer) bytes *= passes;

@@ -13,6 +13,8 @@
 // a module at a kernel's first launch, cudaDeviceSynchronize, cudaFree.
 #pragma once
 
+#include <atomic>
+#include <deque>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -42,8 +44,10 @@ class Landing {
 class CopyLane final : public Lane {
  public:
   // flags: the own words on the device, one each `flag_stride` bytes. All slots are empty, and their copies are queued.
-  CopyLane(const Device& device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride, Rank world_size,
-           std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer);
+  // kept: see HostWords.
+  CopyLane(std::shared_ptr<const Device> device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride,
+           Rank world_size, std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer,
+           std::shared_ptr<const bool> kept);
   ~CopyLane() override;
 
   // Once the copies that are queued have arrived, or given up at the deadline of the options: what copies under way may
@@ -64,7 +68,8 @@ class CopyLane final : public Lane {
     bool used_by_event = false;  // the release was an event, not the flag
     bool flagged = false;        // the copy sets the flag too
     std::uint64_t pass = 0;      // of its copy
-    std::uint32_t number = 0;    // of its copy: as many had been queued with it
+    // Of its copy: as many had been queued with it; 0 while one is being queued. stats() reads it from any thread.
+    std::atomic<std::uint32_t> number{0};
   };
   static constexpr std::uint64_t kNoPass = ~std::uint64_t{0};
 
@@ -73,6 +78,7 @@ class CopyLane final : public Lane {
   void queue(const LaneOp& op, Slot& slot, Tracer::Session session);
   [[nodiscard]] CUdeviceptr flag(std::uint32_t index) const { return flags_ + index * flag_stride_; }
 
+  std::shared_ptr<const Device> shared_device_;
   const Device& device_;
   const NvshmemApi& nvshmem_;
   CUdeviceptr flags_;
@@ -81,7 +87,7 @@ class CopyLane final : public Lane {
   LaneOptions options_;
   Tracer& tracer_;
   std::vector<LaneOp> copies_;  // of one pass of the program, in order
-  std::vector<Slot> slots_;     // by flag
+  std::deque<Slot> slots_;      // by flag
   std::size_t next_ = 0;        // position of the next wait in the program
   std::uint64_t pass_ = 0;      // of the program, that next_ is in
   std::uint32_t queued_ = 0;    // copies, low 32 bits

@@ -84,6 +84,7 @@ class Spares {
 // The device lives as long as what needs it.
 using SpareStream = std::pair<std::shared_ptr<const Device>, std::unique_ptr<DeviceStream>>;
 using SpareBuffer = std::pair<std::shared_ptr<const Device>, std::unique_ptr<DeviceBuffer>>;
+using SpareWords = std::tuple<std::shared_ptr<const Device>, std::uint64_t*, CUdeviceptr>;
 
 void zero(const Device& device, CUdeviceptr memory, ByteCount bytes) {
   const DeviceStream stream(device, DeviceStream::Priority::kDefault);
@@ -158,7 +159,8 @@ DeviceBuffer::~DeviceBuffer() {
   device_.api().cuMemFree(memory_);
 }
 
-DeviceWords::DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes) : device_(std::move(device)) {
+DeviceWords::DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes, std::shared_ptr<const bool> kept)
+    : device_(std::move(device)), kept_(std::move(kept)) {
   if (auto spare = Spares<SpareBuffer>::all().take(device_->ordinal(), bytes)) {
     std::tie(device_, memory_) = std::move(*spare);
     const ContextScope scope(*device_);
@@ -169,7 +171,7 @@ DeviceWords::DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes) 
 }
 
 DeviceWords::~DeviceWords() {
-  if (abandoned_) {
+  if (*kept_) {
     static_cast<void>(memory_.release());
     return;
   }
@@ -178,23 +180,27 @@ DeviceWords::~DeviceWords() {
   Spares<SpareBuffer>::all().give(ordinal, bytes, {std::move(device_), std::move(memory_)});
 }
 
-HostWords::HostWords(const Device& device, std::size_t count) : device_(device), count_(count) {
-  const ContextScope scope(device);
-  const auto& api = device.api();
-  void* memory = nullptr;
-  if (const auto spare = Spares<std::uint64_t*>::all().take(device.ordinal(), count))
-    memory = *spare;
-  else
-    device.check(api.cuMemHostAlloc(&memory, count * sizeof(std::uint64_t),
-                                    CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
-                 "cuMemHostAlloc");
-  words_ = static_cast<std::uint64_t*>(memory);
+HostWords::HostWords(std::shared_ptr<const Device> device, std::size_t count, std::shared_ptr<const bool> kept)
+    : device_(std::move(device)), count_(count), kept_(std::move(kept)) {
+  const ContextScope scope(*device_);
+  const auto& api = device_->api();
+  if (auto spare = Spares<SpareWords>::all().take(device_->ordinal(), count)) {
+    std::tie(device_, words_, mapped_) = std::move(*spare);
+  } else {
+    void* memory = nullptr;
+    device_->check(api.cuMemHostAlloc(&memory, count * sizeof(std::uint64_t),
+                                      CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
+                   "cuMemHostAlloc");
+    words_ = static_cast<std::uint64_t*>(memory);
+    device_->check(api.cuMemHostGetDevicePointer(&mapped_, memory, 0), "cuMemHostGetDevicePointer");
+  }
   std::memset(words_, 0, count * sizeof(std::uint64_t));
-  device.check(api.cuMemHostGetDevicePointer(&mapped_, memory, 0), "cuMemHostGetDevicePointer");
 }
 
 HostWords::~HostWords() {
-  if (!abandoned_) Spares<std::uint64_t*>::all().give(device_.ordinal(), count_, words_);
+  if (*kept_) return;
+  const int ordinal = device_->ordinal();
+  Spares<SpareWords>::all().give(ordinal, count_, {std::move(device_), words_, mapped_});
 }
 
 std::uint64_t HostWords::load(std::size_t index) const {

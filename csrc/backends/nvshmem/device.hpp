@@ -133,42 +133,40 @@ class DeviceBuffer final : public LocalBuffer {
   std::shared_ptr<const bool> kept_;
 };
 
-// Zeroed words on the device, given back and taken again as HostWords are.
+// Words that kernels and streams share with this process's threads; zeroed. They are not freed but given back and taken
+// again: to free page-locked memory waits for the GPUs, which no capture allows, and a runtime may be closed while an
+// engine captures. Once *kept is true they are not given back: work that is under way may still write them.
 class DeviceWords {
  public:
-  DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes);
+  DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes, std::shared_ptr<const bool> kept);
   ~DeviceWords();
   DeviceWords(const DeviceWords&) = delete;
   DeviceWords& operator=(const DeviceWords&) = delete;
-  void abandon() noexcept { abandoned_ = true; }  // kernels may still write them, so they stay
   [[nodiscard]] CUdeviceptr at(ByteCount offset) const { return memory_->at(offset); }
 
  private:
   std::shared_ptr<const Device> device_;
   std::unique_ptr<DeviceBuffer> memory_;
-  bool abandoned_ = false;
+  std::shared_ptr<const bool> kept_;
 };
 
-// Page-locked host words of 64 bits that kernels and streams share with this process's threads; zeroed. A stream
-// that writes 32 bits sets the lower half. They are not freed but given back and taken again: to free them waits for
-// the GPUs, which no capture allows, and a runtime may be closed while an engine captures.
+// Of 64 bits, in page-locked host memory. A stream that writes 32 bits sets the lower half.
 class HostWords {
  public:
-  HostWords(const Device& device, std::size_t count);
+  HostWords(std::shared_ptr<const Device> device, std::size_t count, std::shared_ptr<const bool> kept);
   ~HostWords();
   HostWords(const HostWords&) = delete;
   HostWords& operator=(const HostWords&) = delete;
   [[nodiscard]] std::uint64_t load(std::size_t index) const;
   void store(std::size_t index, std::uint64_t value) const;
-  void abandon() noexcept { abandoned_ = true; }  // a stream may still write them, so they stay
   [[nodiscard]] CUdeviceptr on_device(std::size_t index) const { return mapped_ + index * sizeof(std::uint64_t); }
 
  private:
-  const Device& device_;
+  std::shared_ptr<const Device> device_;
   std::size_t count_;
   std::uint64_t* words_ = nullptr;
   CUdeviceptr mapped_ = 0;
-  bool abandoned_ = false;
+  std::shared_ptr<const bool> kept_;
 };
 
 inline CUdeviceptr device_pointer(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }

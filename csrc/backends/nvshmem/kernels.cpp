@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <string>
 
+#include "cuda/versions.hpp"
+
 // Made by the build from kernels.cu.
 extern "C" const unsigned char sidp_kernels_fatbin[];
 
@@ -42,8 +44,9 @@ const Kernels::Functions& Kernels::functions(const Device& device) {
 Kernels::Kernels(const Device& device) : device_(device), functions_(functions(device)) {
   const auto& api = device.api();
   CUdevice handle = 0;
-  int major = 0;
-  early_ = api.cuDeviceGet(&handle, device.ordinal()) == CUDA_SUCCESS &&
+  int major = 0, driver = 0;
+  early_ = api.cuDriverGetVersion(&driver) == CUDA_SUCCESS && driver >= cuda::kCapturesEarlyLaunches &&
+           api.cuDeviceGet(&handle, device.ordinal()) == CUDA_SUCCESS &&
            api.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle) == CUDA_SUCCESS &&
            major >= 9;
 }

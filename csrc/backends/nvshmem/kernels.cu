@@ -37,9 +37,11 @@ constexpr std::uint64_t kLongestWaitNs = 10'000'000;
 // The engine's own layer waits here for the services that were launched before it.
 __device__ inline void wait_for_services(std::uint64_t seen_launched, const std::uint64_t* launched_host,
                                          const std::uint64_t* served) {
-  if (load(served) >= seen_launched) return;
+  std::uint64_t last = seen_launched;
   const std::uint64_t start = now_ns();
-  while (load(served) < load(launched_host) && now_ns() - start < kLongestWaitNs) {
+  while (load(served) < last && now_ns() - start < kLongestWaitNs) {
+    const std::uint64_t launched = load(launched_host);  // less than it was where a launch failed
+    last = launched < seen_launched ? launched : seen_launched;
   }
 }
 
@@ -106,8 +108,8 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
 }
 
 // Waits for an answer's flag on the device, or for the host's release (the other word): then failed_host says so. One
-// thread, as it holds its place on a multiprocessor while others compute. The end of the kernel orders what it saw before
-// the take that follows.
+// thread, as it holds its place on a multiprocessor while others compute. The fence makes the relaxed load an acquire
+// (PTX memory model), and the end of the kernel hands that on to the take which follows.
 extern "C" __global__ void sidp_await(const std::uint32_t* flag, const std::uint32_t* released,
                                       std::uint64_t* failed_host) {
   wait_for_predecessor();
@@ -128,9 +130,9 @@ extern "C" __global__ void sidp_turn(std::uint64_t* turn, const std::uint64_t* l
 
 // Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or 2,
 // no answer: then the copy is of no use, and failed_host says so. Or it was sidp_await that waited, for device_flag, and
-// said so. request: the requester's word at the owner, set back to
-// 0. sent_rows, sent_bytes: of the request, for the counts, which are kept on the device and copied to the host. turn:
-// the engine's, which it takes here because a layer of its own comes next (or null).
+// said so. request: the requester's word at the owner, set back to 0. sent_rows, sent_bytes: of the request, for the
+// counts, which are kept on the device and copied to the host. turn: the engine's, which it takes here because a layer of
+// its own comes next (or null).
 extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
                                      std::uint32_t* device_flag, std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
                                      Counts* counts, Counts* counts_host, std::uint64_t* failed_host,

@@ -180,8 +180,8 @@ std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, con
 }
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
-  return std::make_unique<CopyLane>(*device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.world_size,
-                                    std::move(program), options, tracer());
+  return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.world_size,
+                                    std::move(program), options, tracer(), in_use_);
 }
 
 std::unique_ptr<StreamClock> NvshmemBackend::make_stream_clock(std::size_t num_marks) {
@@ -195,7 +195,7 @@ std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool
       .reply = [this, &pool](Rank requester, Rank owner) { return host_word({requester, pool.reply_flag(owner)}); },
       .device_reply = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
   };
-  return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options);
+  return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options, in_use_);
 }
 
 std::thread NvshmemBackend::start_thread(const std::string& name, std::function<void()> body) {

@@ -1,5 +1,5 @@
 // The GPU backend: NVSHMEM's symmetric heap, copy engines as lanes, stream memory operations as flags, kernels for
-// puts. One process and one GPU a rank. Request words, reply flags and liveness lie in the host backend's control
+// puts. One process and one GPU a rank. Request words, releases and liveness lie in the host backend's control
 // segments, so the ranks of a group run on one host.
 #pragma once
 

@@ -39,7 +39,8 @@ Request Request::from(std::uint32_t word) {
 // Lines of words on the device: counts of answers by owner, block counters of the engine's put and take by owner, block
 // counter of the service's puts, count of its answers.
 StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox,
-                             ChannelMemory memory, const ChannelOptions& options)
+                             ChannelMemory memory, const ChannelOptions& options,
+                             const std::shared_ptr<const bool>& kept)
     : device_(std::move(device)),
       pool_(pool),
       mailbox_(mailbox),
@@ -48,8 +49,8 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       rank_(pool.backend().rank()),
       world_size_(pool.backend().world_size()),
       kernels_(*device_),
-      host_(*device_, index(HostWord::kNumWords)),
-      words_(device_, (3 * static_cast<ByteCount>(world_size_) + 2) * 64),
+      host_(device_, index(HostWord::kNumWords), kept),
+      words_(device_, (3 * static_cast<ByteCount>(world_size_) + 2) * 64, kept),
       service_stream_(device_),
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
@@ -90,18 +91,16 @@ void StreamChannel::start() {
   });
 }
 
-void StreamChannel::stop() noexcept {
+bool StreamChannel::stop() noexcept {
   stop_.store(true);
-  if (!thread_.joinable()) return;
+  const ContextScope scope(*device_);
+  if (!thread_.joinable()) return service_stream_.idle();
   thread_.join();
   watch_thread_.join();
-  const ContextScope scope(*device_);
   const auto start = Clock::now();
   while (!service_stream_.idle() && Clock::now() - start < kStopDeadline)  // answers under way still arrive
     std::this_thread::sleep_for(kNap);
-  if (service_stream_.idle()) return;
-  host_.abandon();
-  words_.abandon();
+  return service_stream_.idle();
 }
 
 const GraphOp& StreamChannel::graph(const Request& request) const {
@@ -116,8 +115,8 @@ void StreamChannel::put_answer(Stream stream, const GraphOp::Key& request,
                                const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const {
   const auto [owner, requester, rows] = request;
   const ContextScope scope(*device_);
-  const CUdeviceptr flag =
-      rows <= options_.spin_rows ? memory_.device_reply(requester, owner) : memory_.reply(requester, owner).device;
+  const CUdeviceptr spun_on = spun_flag(requester, owner, rows);
+  const CUdeviceptr flag = spun_on != 0 ? spun_on : memory_.reply(requester, owner).device;
   CUdeviceptr dst = device_pointer(mailbox_.buffer().peer(requester) + mailbox_.reply_offset(owner) + kAlignment);
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const bool last = i + 1 == sources.size();
@@ -167,7 +166,7 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   const ContextScope scope(*device_);
   auto* const on = static_cast<CUstream>(stream.handle);
   const CUdeviceptr reply = memory_.reply(rank_, owner).device;
-  const CUdeviceptr spun_on = request.rows <= options_.spin_rows ? memory_.device_reply(rank_, owner) : 0;
+  const CUdeviceptr spun_on = spun_flag(rank_, owner, request.rows);
   const CUdeviceptr word = memory_.request(owner, rank_).device;
   kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes,
                {.word = word,
@@ -224,7 +223,10 @@ bool StreamChannel::take_requests() {
     if (const std::uint32_t own = stand_ins_[static_cast<std::size_t>(requester)].exchange(0); own != 0)
       stand_in(requester, Request::from(own));
     const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
-    if ((word & Request::kWaiting) == 0) continue;
+    if ((word & Request::kWaiting) == 0) {
+      deferred_since_[static_cast<std::size_t>(requester)].reset();
+      continue;
+    }
     any = true;
     if (may_serve(requester) && claim(rank_, requester, word)) serve(requester, Request::from(word));
   }
@@ -264,7 +266,7 @@ void StreamChannel::launch(const GraphOp::Key& key, const Request& request) {
     graph(request).launch(key, service_stream_.get());
   } catch (...) {
     host_.store(index(HostWord::kLaunched), launched_);
-    service_time_.launch.reset();
+    if (service_time_.launch == number) service_time_.launch.reset();
     throw;
   }
   launched_ = number;

@@ -57,12 +57,13 @@ class StreamChannel final : public ActivationChannel {
  public:
   // Throws Error(kConfig) for more layers, ops or rows than a word can name, Error(kUnsupported) for a peer whose
   // memory is not mapped here.
+  // kept: see HostWords.
   StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox, ChannelMemory memory,
-                const ChannelOptions& options);
+                const ChannelOptions& options, const std::shared_ptr<const bool>& kept);
   ~StreamChannel() override;
 
   void start() override;
-  void stop() noexcept override;
+  bool stop() noexcept override;
   void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                bool local_next) override;
   void begin_turn(Stream stream) override;
@@ -123,6 +124,10 @@ class StreamChannel final : public ActivationChannel {
   [[nodiscard]] std::size_t answers_index(Rank owner) const { return kCounts * static_cast<std::size_t>(owner); }
   [[nodiscard]] std::size_t index(HostWord word) const {
     return answers_index(world_size_) + static_cast<std::size_t>(word);
+  }
+  // On the requester's GPU, or 0: the answer's flag is the reply word in host memory.
+  [[nodiscard]] CUdeviceptr spun_flag(Rank requester, Rank owner, std::int64_t rows) const {
+    return rows <= options_.spin_rows ? memory_.device_reply(requester, owner) : 0;
   }
   [[nodiscard]] Kernels::TurnWords turn_words() const;
   [[nodiscard]] CUdeviceptr served_word() const;

@@ -63,12 +63,13 @@ class StepState:
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 
+    # Streamed layers of WaS steps, and local ones of CaS steps: there a rank takes turns with what peers ask of its GPU.
     def fetch(self, layer: int) -> None:
-        if not self._is_cas and not self._local[layer]:
+        if self._is_cas == self._local[layer]:
             self.runtime.fetch_layer(layer)
 
     def release(self, layer: int) -> None:
-        if not self._is_cas and not self._local[layer]:
+        if self._is_cas == self._local[layer]:
             self.runtime.release_layer(layer)
 
     def compute(self, layer: int, op: str, x: torch.Tensor) -> torch.Tensor:

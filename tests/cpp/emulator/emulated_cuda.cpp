@@ -215,11 +215,6 @@ EMULATED CUresult cuMemHostAlloc(void** memory, std::size_t bytes, unsigned) {
   *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   return CUDA_SUCCESS;
 }
-EMULATED CUresult cuMemFreeHost(void* memory) {
-  if (forbidden()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  std::free(memory);
-  return CUDA_SUCCESS;
-}
 EMULATED CUresult cuMemHostGetDevicePointer(CUdeviceptr* mapped, void* memory, unsigned) {
   *mapped = reinterpret_cast<CUdeviceptr>(memory);
   return CUDA_SUCCESS;
@@ -329,7 +324,6 @@ EMULATED CUresult cuLibraryLoadData(CUlibrary* library, const void*, CUjit_optio
   *library = reinterpret_cast<CUlibrary>(0x20);
   return CUDA_SUCCESS;
 }
-EMULATED CUresult cuLibraryUnload(CUlibrary) { return CUDA_SUCCESS; }
 EMULATED CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char* name) {
   for (const char* known : {kPut, kTake, kTurn, kAwait})
     if (std::strcmp(name, known) == 0) *kernel = reinterpret_cast<CUkernel>(const_cast<char*>(known));

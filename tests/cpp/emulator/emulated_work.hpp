@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -59,7 +60,8 @@ inline Work turn(CUdeviceptr turn, CUdeviceptr launched, CUdeviceptr served) {
   return [=] {
     atomic<std::uint64_t>(turn).store(1);
     const auto start = std::chrono::steady_clock::now();
-    while (atomic<std::uint64_t>(served).load() < atomic<std::uint64_t>(launched).load() &&
+    const std::uint64_t seen = atomic<std::uint64_t>(launched).load();
+    while (atomic<std::uint64_t>(served).load() < std::min(seen, atomic<std::uint64_t>(launched).load()) &&
            std::chrono::steady_clock::now() - start < std::chrono::milliseconds(10))
       nap();
   };
