@@ -63,7 +63,7 @@ class StepState:
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 
-    # Streamed layers of WaS steps, and local ones of CaS steps: there a rank takes turns with what peers ask of its GPU.
+    # Streamed layers of WaS steps, and local ones of CaS steps: there it takes turns with what peers ask of its GPU.
     def fetch(self, layer: int) -> None:
         if self._is_cas == self._local[layer]:
             self.runtime.fetch_layer(layer)
