@@ -1,6 +1,6 @@
-"""Round trips of one-sided puts and signals between ranks 0 and 1, by the peers' calls.
+"""Round trips of one-sided puts and signals between ranks 0 and 1, by this package's calls and by the peers'.
 
-Each rank's bytes of the link hold what it sends, then room for what it gets, then its signal word.
+Each rank's bytes of the link hold what it sends, then room for what it gets, then its signal words.
 """
 
 from __future__ import annotations
@@ -11,15 +11,30 @@ from typing import Any
 
 import torch
 
+from sidp_runtime import _C
+
 from .layers import captured_call
 from .link import Link
 from .peers import checked, current_stream
 from .rank import IDLE, RankContext, Sample, Subject, Unavailable, WrongDataError
 
-WORD = 64  # bytes kept for the signal
+WORD = 64  # bytes kept for signals: the peers' 64 bits, and at _OWN_WORD this package's 32
+_OWN_WORD = 32
 _VALUES = 1 << 20
 Exchange = Callable[[int, int], None]  # (offset in the own bytes that is sent, signal value): put it, then signal
 Wait = Callable[[int], None]
+
+
+def sidp(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:
+    """The kernels of the activation channel: a put that sets a flag, and the wait of one thread for such a flag."""
+    puts = _C.OneSided(context.device.index)
+    mine, theirs, stream = link.own.data_ptr(), link.remote[context.peer].data_ptr(), current_stream()
+    flag = link.own.numel() - WORD + _OWN_WORD
+
+    def send(offset: int, value: int) -> None:  # the flag's values are constants
+        puts.put(theirs + size, mine + offset, size, theirs + flag, stream)
+
+    return send, lambda value: puts.wait(mine + flag, stream)
 
 
 def nvshmem_put_signal(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:

@@ -18,6 +18,7 @@ __all__: list[str] = [
     "Decision",
     "MachineProfile",
     "Mode",
+    "OneSided",
     "Op",
     "OpKernel",
     "Placement",
@@ -486,6 +487,37 @@ class Runtime:
     def stop_trace(self) -> Trace:
         """
         Cuts an open step, which goes on; also once closed.
+        """
+
+class OneSided:
+    """
+    Rows and a flag to another GPU, and the wait for a flag; see backends/nvshmem/one_sided.hpp. Addresses are of memory of this GPU or mapped here.
+    """
+    def __init__(self, device: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def failed(self) -> bool:
+        """
+        Whether a wait ended by release().
+        """
+    def put(
+        self,
+        dst: typing.SupportsInt | typing.SupportsIndex,
+        src: typing.SupportsInt | typing.SupportsIndex,
+        num_bytes: typing.SupportsInt | typing.SupportsIndex,
+        flag: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        Enqueues a copy and then a 1 in the 32 bits of the flag.
+        """
+    def release(self) -> None:
+        """
+        Ends all waits, for a peer that died. From any thread.
+        """
+    def wait(
+        self, flag: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        Makes the stream wait for a flag in this GPU's memory, and sets it to 0.
         """
 
 def add_graph(

@@ -1,4 +1,4 @@
-"""Rows and a flag to the other rank and back: this package's request and answer beside one-sided puts and signals."""
+"""Rows and a flag to the other rank and back: this package's puts, and its request and answer, beside peers' puts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sidp_runtime import LayerSpec, Mode, Op, Placement, Runtime, TensorSpec, We
 from sidp_runtime._torch import dtype_of
 from sidp_runtime.manifest import DTYPE_BYTES
 
+from .. import ping_pong
 from ..harness import Bar, pairwise
 from ..layers import POLICY, Replica
 from ..link import Link, open_link
@@ -82,10 +83,10 @@ def _one_size(context: RankContext, replica: Replica, link: Link, size: int, cou
 
         return prepare
 
-    subjects = {"sidp": trips(False)}
+    subjects = {"sidp_request": trips(False)}
     if context.on_gpu:
-        subjects["sidp_graph"] = trips(True)
-        for make in (nvshmem_put_signal, memcpy_write_value):
+        subjects["sidp_request_graph"] = trips(True)
+        for make in (ping_pong.sidp, nvshmem_put_signal, memcpy_write_value):
             subjects[make.__name__] = round_trips(context, link, size, make, counter)
             subjects[f"{make.__name__}_graph"] = round_trips(context, link, size, make, counter, TRIPS)
     samples = context.contest(subjects)

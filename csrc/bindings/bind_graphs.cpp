@@ -4,6 +4,7 @@
 #include "sidp/runtime.hpp"
 #ifdef SIDP_HAS_NVSHMEM
 #include "backends/nvshmem/nvshmem_backend.hpp"
+#include "backends/nvshmem/one_sided.hpp"
 #include "backends/nvshmem/stream_channel.hpp"
 #endif
 
@@ -14,10 +15,19 @@ namespace sidp::bindings {
 namespace {
 
 [[noreturn]] [[maybe_unused]] void not_here() {
-  throw Error(ErrorCode::kUnsupported, "ops are captured on the nvshmem backend only");
+  throw Error(ErrorCode::kUnsupported, "this needs the nvshmem backend");
 }
 
+#ifndef SIDP_HAS_NVSHMEM
+struct OneSided {  // never made
+  void release() const {}
+  [[nodiscard]] bool failed() const { return false; }
+};
+#endif
+
 #ifdef SIDP_HAS_NVSHMEM
+
+using nvshmem::OneSided;
 
 const nvshmem::StreamChannel& channel_of(const Runtime& runtime) {
   const auto* channel = dynamic_cast<const nvshmem::StreamChannel*>(runtime.channel());
@@ -60,8 +70,20 @@ ByteView peer_layer(const std::shared_ptr<WeightPool>& pool, LayerIndex layer) {
   return {bytes, pool->placement().layer_bytes(layer), pool, pool->backend().capabilities().device};
 }
 
+std::unique_ptr<OneSided> one_sided(int device) { return std::make_unique<OneSided>(device); }
+void put(const OneSided& puts, std::uintptr_t dst, std::uintptr_t src, ByteCount num_bytes, std::uintptr_t flag,
+         std::uintptr_t stream) {
+  puts.put(reinterpret_cast<CUstream>(stream), dst, src, num_bytes, flag);
+}
+void wait(const OneSided& puts, std::uintptr_t flag, std::uintptr_t stream) {
+  puts.wait(reinterpret_cast<CUstream>(stream), flag);
+}
+
 #else
 
+std::unique_ptr<OneSided> one_sided(int) { not_here(); }
+void put(const OneSided&, std::uintptr_t, std::uintptr_t, ByteCount, std::uintptr_t, std::uintptr_t) { not_here(); }
+void wait(const OneSided&, std::uintptr_t, std::uintptr_t) { not_here(); }
 std::shared_ptr<OpKernel> graph_op(Backend&) { not_here(); }
 void add_graph(OpKernel&, Rank, Rank, std::int64_t, std::uintptr_t) { not_here(); }
 ByteView request_slot(const std::shared_ptr<Runtime>&, Rank, Rank, ByteCount) { not_here(); }
@@ -77,6 +99,16 @@ ByteView peer_layer(const std::shared_ptr<WeightPool>&, LayerIndex) { not_here()
 }  // namespace
 
 void bind_graphs(py::module_& m) {
+  py::class_<OneSided>(m, "OneSided",
+                       "Rows and a flag to another GPU, and the wait for a flag; see backends/nvshmem/one_sided.hpp. "
+                       "Addresses are of memory of this GPU or mapped here.")
+      .def(py::init(&one_sided), py::arg("device"))
+      .def("put", &put, py::arg("dst"), py::arg("src"), py::arg("num_bytes"), py::arg("flag"), py::arg("stream"),
+           "Enqueues a copy and then a 1 in the 32 bits of the flag.")
+      .def("wait", &wait, py::arg("flag"), py::arg("stream"),
+           "Makes the stream wait for a flag in this GPU's memory, and sets it to 0.")
+      .def("release", &OneSided::release, "Ends all waits, for a peer that died. From any thread.")
+      .def("failed", &OneSided::failed, "Whether a wait ended by release().");
   m.def("graph_op", &graph_op, py::arg("backend"), "An op that runs as captured CUDA graphs; add_graph() fills it.");
   m.def("add_graph", &add_graph, py::arg("op"), py::arg("owner"), py::arg("requester"), py::arg("rows"),
         py::arg("graph"),

@@ -9,13 +9,13 @@
 #include <cstring>
 #include <exception>
 #include <initializer_list>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "backends/nvshmem/kernels.hpp"
+#include "backends/nvshmem/one_sided.hpp"
+#include "host_memory.hpp"
 
 namespace sidp::nvshmem {
 namespace {
@@ -23,46 +23,9 @@ namespace {
 using Bytes = std::vector<std::byte>;
 
 constexpr Milliseconds kDeadline{20000};
-constexpr ByteCount kPage = 4096;
 constexpr std::byte kUntouched{0xA5};
 constexpr std::uint32_t kAnswered = 1, kNotAnswered = 2;  // as in stream_channel.cpp
 constexpr std::uint32_t kRequested = 0x80012345;
-
-void require(bool met, const std::string& what) {
-  if (!met) throw std::runtime_error(what);
-}
-
-// Host memory that the device maps, as the backend maps control segments; zeroed.
-class HostMemory {
- public:
-  HostMemory(const Device& device, ByteCount bytes) : device_(device) {
-    bytes = align_up(std::max(bytes, ByteCount{1}), kPage);
-    memory_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kPage}));
-    std::memset(memory_, 0, bytes);
-    device.check(
-        device.api().cuMemHostRegister(memory_, bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP),
-        "cuMemHostRegister");
-    device.check(device.api().cuMemHostGetDevicePointer(&mapped_, memory_, 0), "cuMemHostGetDevicePointer");
-  }
-  ~HostMemory() {
-    device_.api().cuMemHostUnregister(memory_);
-    ::operator delete(memory_, std::align_val_t{kPage});
-  }
-  HostMemory(const HostMemory&) = delete;
-  HostMemory& operator=(const HostMemory&) = delete;
-
-  [[nodiscard]] std::byte* data() const { return memory_; }
-  [[nodiscard]] CUdeviceptr at(ByteCount offset) const { return mapped_ + offset; }
-  template <typename Word>
-  [[nodiscard]] std::atomic_ref<Word> word(ByteCount offset) const {
-    return std::atomic_ref<Word>(*reinterpret_cast<Word*>(memory_ + offset));
-  }
-
- private:
-  const Device& device_;
-  std::byte* memory_ = nullptr;
-  CUdeviceptr mapped_ = 0;
-};
 
 // Of a request: bytes, and how far the source and the destination are from an alignment of 16.
 struct Shape {
@@ -92,6 +55,7 @@ class Check {
       take(shape, kNotAnswered, /*spun=*/true);
     }
     put_sets_its_word_last();
+    one_sided();
     turns();
     for (int i = 0; i < 20; ++i) exchange(i % 4 == 3);
     std::printf("%zu shapes and 20 exchanges of rows are right\n", shapes.size());
@@ -274,6 +238,36 @@ class Check {
 
   [[nodiscard]] Kernels::TurnWords turn_words() const {
     return {.turn = words_.at(kTurn), .launched_host = words_.at(kLaunched), .served = served_.at(0)};
+  }
+
+  // Rows to and fro, each way a put and a wait that resets its flag; then a wait that the host ends.
+  void one_sided() {
+    constexpr ByteCount kBytes = 40960;
+    const OneSided puts(0), replies(0);
+    const DeviceBuffer flags(device_, 128, "words");
+    const Bytes rows = pattern(kBytes);
+    const Filled src(*this, 0, rows);
+    const Guarded there(*this, 0, kBytes), back(*this, 0, kBytes);
+    for (int i = 0; i < 10; ++i) {
+      puts.put(engine_.get(), there.at(), src.at, kBytes, flags.at(0));
+      if (!serial_) puts.wait(engine_.get(), flags.at(64));
+      replies.wait(service_.get(), flags.at(0));
+      replies.put(service_.get(), back.at(), there.at(), kBytes, flags.at(64));
+      if (serial_) service_.synchronize();
+      if (serial_) puts.wait(engine_.get(), flags.at(64));
+      engine_.synchronize();
+      service_.synchronize();
+    }
+    there.expect(rows, "put");
+    back.expect(rows, "put back");
+    require(!puts.failed() && !replies.failed(), "a wait failed");
+    const HostMemory staging(device_, 128);
+    copy(staging.at(0), flags.at(0), 128);
+    require(staging.word<std::uint32_t>(0) == 0 && staging.word<std::uint32_t>(64) == 0, "a wait left its flag set");
+    puts.wait(engine_.get(), flags.at(64));
+    puts.release();
+    engine_.synchronize();
+    require(puts.failed(), "a wait that was released did not say so");
   }
 
   // The engine's turn begins after the answers that were launched before it, if these come, and ends with its next put.

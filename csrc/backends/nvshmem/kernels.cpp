@@ -89,8 +89,10 @@ void Kernels::turn(CUstream stream, const TurnWords& words) const {
   launch(functions_.turn, 1, 1, stream, arguments, "sidp_turn");
 }
 
-void Kernels::await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host) const {
-  void* arguments[] = {&flag, &released, &failed_host};
+void Kernels::await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host,
+                    bool resets) const {
+  unsigned reset = resets ? 1 : 0;
+  void* arguments[] = {&flag, &released, &failed_host, &reset};
   launch(functions_.await, 1, 1, stream, arguments, "sidp_await");
 }
 

@@ -109,13 +109,17 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
 
 // Waits for an answer's flag on the device, or for the host's release (the other word): then failed_host says so. One
 // thread, as it holds its place on a multiprocessor while others compute. The fence makes the relaxed load an acquire
-// (PTX memory model), and the end of the kernel hands that on to the take which follows.
-extern "C" __global__ void sidp_await(const std::uint32_t* flag, const std::uint32_t* released,
-                                      std::uint64_t* failed_host) {
+// (PTX memory model), and the end of the kernel hands that on to what follows. reset: whether the flag is set to 0 here.
+extern "C" __global__ void sidp_await(std::uint32_t* flag, const std::uint32_t* released, std::uint64_t* failed_host,
+                                      unsigned reset) {
   wait_for_predecessor();
   for (;;) {
-    for (int i = 0; i < 64; ++i)  // a look at the host takes as long as many at the device
-      if (load(flag) != 0) return __threadfence_system();
+    for (int i = 0; i < 64; ++i) {  // a look at the host takes as long as many at the device
+      if (load(flag) == 0) continue;
+      __threadfence_system();
+      if (reset != 0) store(flag, 0);
+      return;
+    }
     if (load(released) != 0) return store(failed_host, 1);
   }
 }

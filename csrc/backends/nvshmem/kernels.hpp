@@ -28,8 +28,10 @@ class Kernels {
   // Copies `bytes` and then sets words; all but `finished` may be 0.
   void put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const;
 
-  // Waits, as one thread, for the answer's flag on the device, or for the host's release: then failed_host is set.
-  void await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host) const;
+  // Waits, as one thread, for a flag on the device, or for the host's release: then failed_host is set. resets: the
+  // flag is set back to 0; else the take that follows does it.
+  void await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host,
+             bool resets = false) const;
 
   // Begins the engine's turn: what follows on the stream waits for the services that were launched before.
   void turn(CUstream stream, const TurnWords& words) const;

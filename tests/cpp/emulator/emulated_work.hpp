@@ -99,11 +99,13 @@ inline Work take(void** a) {
 inline Work await(void** a) {
   const auto flag = argument<CUdeviceptr>(a, 0), released = argument<CUdeviceptr>(a, 1),
              failed_host = argument<CUdeviceptr>(a, 2);
+  const bool resets = argument<unsigned>(a, 3) != 0;
   return [=] {
     while (atomic<std::uint32_t>(flag).load(std::memory_order_acquire) == 0) {
       if (atomic<std::uint32_t>(released).load() != 0) return atomic<std::uint64_t>(failed_host).store(1);
       nap();
     }
+    if (resets) write_value(flag, 0)();
   };
 }
 
