@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..harness import Bar, pairwise
 from ..layers import Replica, Weights, captured_call, open_replica
 from ..link import open_link
 from ..peers import RAW, process_group, transfer
-from ..rank import RankContext, Samples, Subject
+from ..rank import RankContext, Samples
 from ..timeline import record_timeline
 
 WAS_BAR = Bar(1.04, at_least=False, gpus=2)  # over max(all layers here, link floor)
@@ -52,10 +53,7 @@ def _link(context: RankContext, replica: Replica) -> Samples:
 
 def _one_count(context: RankContext, replica: Replica, count: int, link: Samples, offload: EventRing | None) -> None:
     x, pace = replica.rows(count), context.pace(count)
-
-    def subject(make: Callable[[], Callable[[], object]]) -> Subject:
-        return context.steps(make, pace)
-
+    subject = partial(context.steps, pace=pace)
     subjects = {"all_local": subject(lambda: lambda: replica.all_local(x))}
     subjects["sidp_was"] = subject(lambda: lambda: replica.eager(x, Mode.WAS))
     if context.on_gpu:

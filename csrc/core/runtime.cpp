@@ -278,12 +278,10 @@ void Runtime::release_layer(Stream stream, LayerIndex layer) {
   check_in_step("release_layer");
   check_stream("release_layer", stream);
   const Tracer::Session session = trace_session();
-  const bool local = pool_->is_local(layer);
-  std::optional<TraceSpan> span;
-  if (session != 0) [[unlikely]] {
+  const bool local = pool_->is_local(layer);  // throws for no layer
+  if (session != 0) [[unlikely]]
     use_spans_[static_cast<std::size_t>(layer)].reset();
-    span.emplace(tracer_, session, TraceEvent{.kind = TraceEvent::Kind::kRelease, .layer = layer});
-  }
+  const TraceSpan span(tracer_, session, {.kind = TraceEvent::Kind::kRelease, .layer = layer});
   if (!local)
     prefetcher_->release(stream, layer);
   else if (takes_turns())

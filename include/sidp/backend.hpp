@@ -70,7 +70,7 @@ struct LaneOp {
 };
 
 struct LaneStats {
-  std::uint64_t copies = 0;  // that have arrived; a lane of streams knows it once those ahead of the next step have
+  std::uint64_t copies = 0;  // that have arrived
   std::vector<ByteCount> bytes_by_peer;
   std::uint64_t copy_ns = 0;  // time inside copies; 0 where only the device can tell
   std::uint64_t wait_ns = 0;  // time blocked on empty slots; likewise

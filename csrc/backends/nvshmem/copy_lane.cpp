@@ -47,11 +47,10 @@ void Landing::unregister() noexcept {
   begin_ = nullptr;
 }
 
-CopyLane::CopyLane(std::shared_ptr<const Device> device, const NvshmemApi& nvshmem, CUdeviceptr flags,
+CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi& nvshmem, CUdeviceptr flags,
                    ByteCount flag_stride, Rank world_size, std::vector<LaneOp> program, const LaneOptions& options,
                    Tracer& tracer, std::shared_ptr<const bool> kept)
-    : shared_device_(std::move(device)),
-      device_(*shared_device_),
+    : device_(*device),
       nvshmem_(nvshmem),
       flags_(flags),
       flag_stride_(flag_stride),
@@ -59,7 +58,7 @@ CopyLane::CopyLane(std::shared_ptr<const Device> device, const NvshmemApi& nvshm
       options_(options),
       tracer_(tracer),
       landing_(device_, nvshmem, program_),
-      arrived_(shared_device_, 1, std::move(kept)),
+      arrived_(device, 1, std::move(kept)),
       stream_(device_, DeviceStream::Priority::kLane),
       pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
   std::uint32_t last_flag = 0;

@@ -45,9 +45,9 @@ class CopyLane final : public Lane {
  public:
   // flags: the own words on the device, one each `flag_stride` bytes. All slots are empty, and their copies are queued.
   // kept: see HostWords.
-  CopyLane(std::shared_ptr<const Device> device, const NvshmemApi& nvshmem, CUdeviceptr flags, ByteCount flag_stride,
-           Rank world_size, std::vector<LaneOp> program, const LaneOptions& options, Tracer& tracer,
-           std::shared_ptr<const bool> kept);
+  CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi& nvshmem, CUdeviceptr flags,
+           ByteCount flag_stride, Rank world_size, std::vector<LaneOp> program, const LaneOptions& options,
+           Tracer& tracer, std::shared_ptr<const bool> kept);
   ~CopyLane() override;
 
   // Once the copies that are queued have arrived, or given up at the deadline of the options: what copies under way may
@@ -78,7 +78,6 @@ class CopyLane final : public Lane {
   void queue(const LaneOp& op, Slot& slot, Tracer::Session session);
   [[nodiscard]] CUdeviceptr flag(std::uint32_t index) const { return flags_ + index * flag_stride_; }
 
-  std::shared_ptr<const Device> shared_device_;
   const Device& device_;
   const NvshmemApi& nvshmem_;
   CUdeviceptr flags_;

@@ -134,8 +134,8 @@ class DeviceBuffer final : public LocalBuffer {
 };
 
 // Words that kernels and streams share with this process's threads; zeroed. They are not freed but given back and taken
-// again: to free page-locked memory waits for the GPUs, which no capture allows, and a runtime may be closed while an
-// engine captures. Once *kept is true they are not given back: work that is under way may still write them.
+// again: see csrc/DESIGN.md, "What a runtime does not free". Once *kept is true they are not given back: work that is
+// under way may still write them.
 class DeviceWords {
  public:
   DeviceWords(std::shared_ptr<const Device> device, ByteCount bytes, std::shared_ptr<const bool> kept);

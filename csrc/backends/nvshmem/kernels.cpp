@@ -22,8 +22,7 @@ unsigned blocks_for(ByteCount bytes) {
 
 }  // namespace
 
-// Loaded once and kept as long as the process lives: to unload them waits for GPUs, which no capture allows, and a
-// runtime may be closed while an engine captures.
+// Loaded once and kept as long as the process lives: see csrc/DESIGN.md, "What a runtime does not free".
 const Kernels::Functions& Kernels::functions(const Device& device) {
   static const Functions loaded = [&] {
     const ContextScope scope(device);

@@ -18,12 +18,12 @@ class Kernels {
     CUdeviceptr served;         // of these the ones that were put, on the device
   };
   struct PutWords {
-    CUdeviceptr word;         // set once all bytes are there
-    std::uint32_t value;      // to this
-    CUdeviceptr finished;     // a zeroed word for this kernel's blocks; only one launch at a time may use it
-    CUdeviceptr turn;         // of the engine, which ends
-    CUdeviceptr served;       // count of answers, on the device, and
-    CUdeviceptr served_host;  // for the host
+    CUdeviceptr word;             // set once all bytes are there
+    std::uint32_t value;          // to this
+    CUdeviceptr finished;         // a zeroed word for this kernel's blocks; only one launch at a time may use it
+    CUdeviceptr turn = 0;         // of the engine, which ends
+    CUdeviceptr served = 0;       // count of answers, on the device, and
+    CUdeviceptr served_host = 0;  // for the host
   };
   // Copies `bytes` and then sets words; all but `finished` may be 0.
   void put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const;
@@ -46,7 +46,7 @@ class Kernels {
     CUdeviceptr counts_host;   // the same for the host
     CUdeviceptr failed_host;   // set when there was no answer
     CUdeviceptr finished;      // as for put
-    TurnWords turn;            // begun here, or all 0
+    TurnWords turn = {};       // begun here, or all 0
   };
   // Copies the rows of an answer out of its slot and frees the slot. Without an answer the copied bytes mean nothing.
   void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const;

@@ -10,8 +10,7 @@ OneSided::OneSided(int ordinal)
 
 void OneSided::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr flag) const {
   const ContextScope scope(*device_);
-  kernels_.put(stream, dst, src, bytes,
-               {.word = flag, .value = 1, .finished = finished_.at(0), .turn = 0, .served = 0, .served_host = 0});
+  kernels_.put(stream, dst, src, bytes, {.word = flag, .value = 1, .finished = finished_.at(0)});
 }
 
 void OneSided::wait(CUstream stream, CUdeviceptr flag) const {

@@ -124,7 +124,6 @@ void StreamChannel::put_answer(Stream stream, const GraphOp::Key& request,
                  {.word = last ? flag : 0,
                   .value = kAnswered,
                   .finished = local_word(3 * static_cast<std::size_t>(world_size_)),
-                  .turn = 0,
                   .served = last ? served_word() : 0,
                   .served_host = last ? host_.on_device(index(HostWord::kServed)) : 0});
     dst += sources[i].second;
@@ -172,9 +171,7 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                {.word = word,
                 .value = request.word(),
                 .finished = local_word(world + peer),
-                .turn = in_turn_ ? turn_words().turn : 0,
-                .served = 0,
-                .served_host = 0});
+                .turn = in_turn_ ? turn_words().turn : 0});
   if (spun_on != 0)
     kernels_.await(on, spun_on, reply, host_.on_device(index(HostWord::kFailed)));
   else
