@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import socket
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -99,9 +100,17 @@ def copy_bytes(view: _C.ByteView, source: memoryview) -> None:
 
 
 def make_store_server() -> tuple[Store, str, int]:
-    """A store in this process, its host and its port."""
-    store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    return store, "127.0.0.1", store.port
+    """A store in this process for this machine's processes, its host and its port.
+
+    It listens on the loopback device only: torch's default is every device, as IPv6, where its one thread asks the name
+    server who each client is, and a lost answer keeps all of them waiting for seconds (pytorch issue 159007).
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    host, port = listener.getsockname()
+    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return store, host, port
 
 
 def connect_store(host: str, port: int, deadline_ms: int, *, is_master: bool = False) -> Store:

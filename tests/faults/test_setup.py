@@ -75,7 +75,7 @@ def die_in_set_up(context: RankContext, key: str, after: bool) -> None:
             store = super().store()
             return FatalStore(store, key, after) if self.rank == 1 else store
 
-    with open_replica(Context(**vars(context)), deadline_ms=400, meet_at_end=False):
+    with open_replica(Context(**vars(context)), deadline_ms=800, meet_at_end=False):
         pass
 
 
@@ -93,7 +93,7 @@ def test_death_in_set_up(key: str, after: bool) -> None:
                 error = raised(outcome, "DeadlineError")
                 assert error["peer"] == 1
                 assert error["rank"] == outcome.rank
-                assert 400 <= error["waited_ms"] < 5000
+                assert 800 <= error["waited_ms"] < 5000
                 assert (error["expected"], error["seen"]) == (3, 2)
                 assert "for rank(s) 1 at" in error["message"]
         _C.unlink_segments(ranks.token, 3)
@@ -106,13 +106,13 @@ def raised(outcome: RankOutcome, kind: str) -> dict[str, Any]:
     return outcome.error
 
 
-def join_group(context: RankContext, deadline_ms: int = 300) -> str:
+def join_group(context: RankContext, deadline_ms: int | None = None) -> str:
     with context.group(deadline_ms=deadline_ms) as group:
         return group.token
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
-    with Ranks(join_group, 4, ranks=[0, 2]) as ranks:
+    with Ranks(join_group, 4, ranks=[0, 2], deadline_ms=800) as ranks:
         outcomes = ranks.join()
         for outcome in outcomes:
             error = raised(outcome, "DeadlineError")
@@ -122,7 +122,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
 
 
 def test_a_rank_claimed_twice_is_refused_once() -> None:
-    with Ranks(join_group, 2, ranks=[0, 1, 1], deadline_ms=5000) as ranks:
+    with Ranks(join_group, 2, ranks=[0, 1, 1]) as ranks:
         outcomes = ranks.join()
         assert outcomes[0].ok
         one, other = sorted(outcomes[1:], key=lambda outcome: outcome.ok)
@@ -133,7 +133,7 @@ def test_a_rank_claimed_twice_is_refused_once() -> None:
 
 def use_other_token(context: RankContext) -> None:
     token = context.token if context.rank == 0 else "f" * 32
-    sidp.Group(context.rank, 2, context.store(), token=token, deadline_ms=500)
+    sidp.Group(context.rank, 2, context.store(), token=token)
 
 
 def test_ranks_with_other_tokens_are_refused() -> None:
@@ -166,7 +166,7 @@ def make_pool(context: RankContext, difference: str) -> None:
     residents = [3] if odd and difference == "residents" else []
     sizes = [layer.num_bytes for layer in layers]
     placement = sidp.Placement.by_layer(sizes, 3, ring_slots=slots, resident_layers=residents)
-    with context.group(deadline_ms=3000) as group:
+    with context.group() as group:
         sidp.WeightPool(group, layers, placement)
 
 
@@ -214,7 +214,7 @@ def make_ops(context: RankContext, difference: str) -> None:
     if not (odd and difference == "none"):
         ops = [Op(name, function, op.in_features, dtype, layers)]
     rows = 9 if odd and difference == "max_rows" else 8
-    with context.group(deadline_ms=1000) as group:
+    with context.group() as group:
         pool = sidp.WeightPool(group, model.layers(), model.placement(3))
         model.fill(pool)
         pool.publish()
@@ -320,7 +320,7 @@ def connect(context: RankContext, deadline_ms: int) -> Store:
 
 
 @pytest.mark.parametrize(
-    ("number", "deadline_ms"), [(signal.SIGKILL, 20_000), (signal.SIGSTOP, 800)], ids=["killed", "stopped"]
+    ("number", "deadline_ms"), [(signal.SIGKILL, 60_000), (signal.SIGSTOP, 800)], ids=["killed", "stopped"]
 )
 def test_a_lost_store_ends_set_up(number: signal.Signals, deadline_ms: int) -> None:
     """A dead store is noticed at once, a stopped one within the deadline."""
@@ -329,7 +329,7 @@ def test_a_lost_store_ends_set_up(number: signal.Signals, deadline_ms: int) -> N
             ranks.wait_for(f"waiting-{rank}")
         time.sleep(0.1)
         ranks.signal(0, number)
-        outcomes = ranks.join(5)[1:]
+        outcomes = ranks.join(20, stop_on_failure=True)[1:]
         for outcome in outcomes:
             error = raised(outcome, "PeerDeadError")
             assert f"rank {outcome.rank} lost the group's store at 'token'" in error["message"]

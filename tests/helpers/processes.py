@@ -1,7 +1,7 @@
 """Rank processes with a bounded join.
 
-Ranks are forked from a server that has torch and the package loaded, so a rank starts in milliseconds. The test's
-process hosts the store. A rank writes its result as JSON; what it prints goes to a file that every report quotes.
+Ranks are forked from a server that has torch and the package loaded, so a rank starts in milliseconds. What they share
+lies in a folder: their store, and each one's result, as JSON, and output, which every report quotes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import sidp_runtime as sidp
-from sidp_runtime import _torch
 from sidp_runtime.errors import SidpError
 from sidp_runtime.group import Store
 
@@ -51,11 +51,11 @@ class RankContext:
     world_size: int
     token: str
     folder: Path
-    port: int
 
     def store(self) -> Store:
-        """The store of the test's process."""
-        return _torch.connect_store("127.0.0.1", self.port, 10_000)
+        """A file: a TCPStore asks the name server for the name of each client, which may take seconds."""
+        store: Store = dist.FileStore(str(self.folder / "store"))  # type: ignore[attr-defined]
+        return store
 
     def device(self, backend: str) -> torch.device:
         """Where a backend's pool lies: ranks share the GPUs in turn, equally many on each, as NVSHMEM demands."""
@@ -177,12 +177,11 @@ class Ranks:
         self.token = secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="sidp-test-"))
         self._world_size = world_size
-        self._store, _, port = _torch.make_store_server()
         self._end = time.monotonic() + timeout_s
         self._processes = []
         self._ranks = list(range(world_size)) if ranks is None else list(ranks)
         for index, rank in enumerate(self._ranks):
-            context = RankContext(index, rank, world_size, self.token, self.folder, port)
+            context = RankContext(index, rank, world_size, self.token, self.folder)
             mine = arguments | dict(per_rank[index] if per_rank else {})
             process = _server.Process(target=_rank_main, args=(function, context, mine), daemon=True)
             self._processes.append(process)

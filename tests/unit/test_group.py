@@ -143,12 +143,19 @@ def test_nobody_serves_the_store() -> None:
     assert caught.value.waited_ms == 200
 
 
+def test_only_this_machine_reaches_a_store_of_ours() -> None:
+    _store, host, port = _torch.make_store_server()
+    sockets = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    listening = [fields[1] for fields in sockets if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")]
+    assert (host, listening) == ("127.0.0.1", [f"0100007F:{port:04X}"])
+
+
 def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
     store, host, port = _torch.make_store_server()
     store.set("free", b"1")
-    values = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": host, "MASTER_PORT": port, "SIDP_DEADLINE_MS": 900}
+    values = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": host, "MASTER_PORT": port, "SIDP_DEADLINE_MS": 20_000}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     store.set("sidp/default/token/0", "c" * 32)
     group = sidp.Group.from_env()
-    assert (group.rank, group.world_size, group.deadline_ms, group.token) == (1, 2, 900, "c" * 32)
+    assert (group.rank, group.world_size, group.deadline_ms, group.token) == (1, 2, 20_000, "c" * 32)
