@@ -5,6 +5,7 @@ Each rank's bytes of the link hold what it sends, then room for what it gets, th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
@@ -25,9 +26,17 @@ Exchange = Callable[[int, int], None]  # (offset in the own bytes that is sent, 
 Wait = Callable[[int], None]
 
 
+@functools.cache
+def _one_sided(device: int) -> _C.OneSided:
+    """One for all subjects and their graphs; the first is made before anything waits or is captured."""
+    return _C.OneSided(device)
+
+
 def sidp(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:
     """The kernels of the activation channel: a put that sets a flag, and the wait of one thread for such a flag."""
-    puts = _C.OneSided(context.device.index)
+    if context.shares_gpu:
+        raise Unavailable("the wait is a kernel that spins, on a GPU whose time the ranks share")
+    puts = _one_sided(context.device.index)
     mine, theirs, stream = link.own.data_ptr(), link.remote[context.peer].data_ptr(), current_stream()
     flag = link.own.numel() - WORD + _OWN_WORD
 
@@ -98,6 +107,7 @@ def round_trips(
 
     def verified(call: Callable[[], object]) -> None:
         if context.rank == 0:
+            link.own[:size].add_(1)  # other bytes each time, as the other rank's inbox still holds the last ones
             link.own[size : 2 * size].zero_()
         call()
         context.synchronize()

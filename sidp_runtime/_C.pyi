@@ -433,7 +433,10 @@ class Runtime:
         """
         Raises unless a graph may be launched now, in a replay step.
         """
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        """
+        False if a stream is still at work: keep the memory of captured ops.
+        """
     def end_step(self, broken_off: bool) -> None: ...
     def fetch_layer(
         self, layer: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
@@ -491,7 +494,7 @@ class Runtime:
 
 class OneSided:
     """
-    Rows and a flag to another GPU, and the wait for a flag; see backends/nvshmem/one_sided.hpp. Addresses are of memory of this GPU or mapped here.
+    Rows and a flag to another GPU, and the wait for a flag; see backends/nvshmem/one_sided.hpp. Addresses are of memory of this GPU or mapped here. Lives as long as graphs made with it.
     """
     def __init__(self, device: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def failed(self) -> bool:

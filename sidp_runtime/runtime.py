@@ -22,6 +22,8 @@ from .weight_pool import WeightPool
 if TYPE_CHECKING:
     import torch
 
+_still_used: list[Any] = []  # graphs of runtimes that closed with a stream at work: their memory may still be written
+
 
 class Replayable(Protocol):
     """What a ``torch.cuda.CUDAGraph`` is here."""
@@ -329,7 +331,8 @@ class Runtime:
         ``stats`` keeps its last counters; tensors that were handed out stay valid memory.
         """
         if self._open_core is not None:
-            self._open_core.close()
+            if not self._open_core.close():
+                _still_used.append(self._graphs)
             self._final_stats = self._open_core.stats()
             self._open_core = None
             self._views = {}

@@ -101,11 +101,11 @@ ByteView peer_layer(const std::shared_ptr<WeightPool>&, LayerIndex) { not_here()
 void bind_graphs(py::module_& m) {
   py::class_<OneSided>(m, "OneSided",
                        "Rows and a flag to another GPU, and the wait for a flag; see backends/nvshmem/one_sided.hpp. "
-                       "Addresses are of memory of this GPU or mapped here.")
-      .def(py::init(&one_sided), py::arg("device"))
+                       "Addresses are of memory of this GPU or mapped here. Lives as long as graphs made with it.")
+      .def(py::init(&one_sided), py::arg("device"), ReleaseGil())
       .def("put", &put, py::arg("dst"), py::arg("src"), py::arg("num_bytes"), py::arg("flag"), py::arg("stream"),
-           "Enqueues a copy and then a 1 in the 32 bits of the flag.")
-      .def("wait", &wait, py::arg("flag"), py::arg("stream"),
+           ReleaseGil(), "Enqueues a copy and then a 1 in the 32 bits of the flag.")
+      .def("wait", &wait, py::arg("flag"), py::arg("stream"), ReleaseGil(),
            "Makes the stream wait for a flag in this GPU's memory, and sets it to 0.")
       .def("release", &OneSided::release, "Ends all waits, for a peer that died. From any thread.")
       .def("failed", &OneSided::failed, "Whether a wait ended by release().");

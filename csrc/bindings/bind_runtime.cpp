@@ -162,7 +162,8 @@ void bind_runtime(py::module_& m) {
       .def("start_trace", &Runtime::start_trace, py::arg("num_events"), ReleaseGil(),
            "Records what this rank does, between steps; see include/sidp/trace.hpp.")
       .def("stop_trace", &Runtime::stop_trace, ReleaseGil(), "Cuts an open step, which goes on; also once closed.")
-      .def("close", &Runtime::close, ReleaseGil());
+      .def("close", &Runtime::close, ReleaseGil(),
+           "False if a stream is still at work: keep the memory of captured ops.");
 }
 
 }  // namespace sidp::bindings

@@ -68,8 +68,8 @@ void Runtime::start(const std::string& failure) {
 
 Runtime::~Runtime() { close(); }
 
-void Runtime::close() noexcept {
-  if (closed_) return;
+bool Runtime::close() noexcept {
+  if (closed_) return idle_;
   closed_ = true;
   Backend& backend = pool_->backend();
   if (in_step_ && kind_ != StepKind::kCapture) backend.mark_step_end(stream_);
@@ -77,11 +77,13 @@ void Runtime::close() noexcept {
   // Lane and service go on until no stream waits for them.
   if (!backend.wait_step_end(2 * options_.deadline) && channel_) {
     channel_->give_up();
-    if (!backend.wait_step_end(options_.deadline)) backend.keep_memory();
+    idle_ = backend.wait_step_end(options_.deadline);
   }
-  if (channel_ && !channel_->stop()) backend.keep_memory();
+  if (channel_ && !channel_->stop()) idle_ = false;
   backend.leave();
-  if (!prefetcher_->stop()) backend.keep_memory();
+  if (!prefetcher_->stop()) idle_ = false;
+  if (!idle_) backend.keep_memory();
+  return idle_;
 }
 
 void Runtime::check_open() const {

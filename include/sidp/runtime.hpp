@@ -104,8 +104,9 @@ class Runtime {
   // Waits for what streams have still to do. A step that is open is cut here, and marked as broken off in the trace; it
   // goes on. Also once closed. Throws as Tracer::stop.
   Trace stop_trace();
-  // Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent.
-  void close() noexcept;
+  // Stops lane and service and leaves the group; peers go on with this rank's bytes. Idempotent. False if a stream is
+  // still at work after all deadlines: what it may touch stays allocated, and so must the memory of captured ops.
+  bool close() noexcept;
 
  private:
   void check_open() const;
@@ -135,6 +136,7 @@ class Runtime {
   std::unique_ptr<ActivationChannel> channel_;
   RuntimeStats stats_;
   bool closed_ = false;
+  bool idle_ = true;  // once closed
   bool in_step_ = false;
   bool lane_failed_ = false;  // a fetch outlived its deadline: the ring's state is unknown
   StepKind kind_ = StepKind::kRun;

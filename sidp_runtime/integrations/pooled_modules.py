@@ -40,12 +40,13 @@ class StepState:
 
         model.forward = step_forward
 
+    # Streamed layers of WaS steps, and local ones of CaS steps: there it takes turns with what peers ask of its GPU.
     def before_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.is_cas or self._local[layer]:  # in CaS a local layer takes turns with what peers ask for
+        if self.is_cas == self._local[layer]:
             self.fetch(args[0], layer)
 
     def after_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.is_cas or self._local[layer]:
+        if self.is_cas == self._local[layer]:
             self.release(output if isinstance(output, torch.Tensor) else output[0], layer)
 
     def fetch(self, x: torch.Tensor, layer: int) -> None:

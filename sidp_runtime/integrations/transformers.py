@@ -287,8 +287,8 @@ def _install(model: Any, pool: WeightPool, runtime: Runtime, pool_embedding: boo
             block.set_submodule(name, pooled)
         if remote:
             block.mlp = PooledMlp(block.mlp, state, layer)
-            block.register_forward_pre_hook(functools.partial(state.before_layer, layer))
-            block.register_forward_hook(functools.partial(state.after_layer, layer))
+        block.register_forward_pre_hook(functools.partial(state.before_layer, layer))
+        block.register_forward_hook(functools.partial(state.after_layer, layer))
     if pool_embedding:
         weight = runtime.views(0)["model.embed_tokens.weight"]
         model.model.embed_tokens = PooledEmbedding(weight, state, 0, not pool.is_local(0))

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <sstream>
 
@@ -54,6 +55,7 @@ class RankProcess {
       std::fprintf(stderr, "rank %d: %s\n", rank_, error.what());
       status = 4;
     }
+    note("control_mapped", num_mapped("-control"));
     note("total_ms", std::chrono::duration_cast<Milliseconds>(Clock::now() - start).count());
     write_file(folder_ / ("result-" + std::to_string(rank_)), result_.str());
     return status;
@@ -175,7 +177,7 @@ class RankProcess {
     }
     report(runtime.stats());
     if (number("close_in_capture", 0) != 0) gpu_->in_capture([&] { runtime.close(); });
-    runtime.close();
+    note("idle", runtime.close() ? 1 : 0);
     if (gpu_) note("still_registered", gpu_->num_registered());
     note("freed", backend->close() ? 1 : 0);
     mark("closed");
@@ -188,6 +190,13 @@ class RankProcess {
     for (const RingEntry& entry : placement.ring_plan(rank)) layers.push_back(entry.layer);
     layers.resize(std::min(layers.size(), static_cast<std::size_t>(placement.num_slots(rank))));
     return layers;
+  }
+  // Of this process's memory maps, those with a file of such a name.
+  static std::int64_t num_mapped(const std::string& name) {
+    std::ifstream maps("/proc/self/maps");
+    std::int64_t count = 0;
+    for (std::string line; std::getline(maps, line);) count += line.find(name) != std::string::npos ? 1 : 0;
+    return count;
   }
   static RuntimeStats settled(const Runtime& runtime) {
     const Placement& placement = runtime.pool().placement();

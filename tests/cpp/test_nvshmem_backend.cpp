@@ -141,6 +141,8 @@ TEST(GpuBackend, MemoryThatALateGetWritesIsKept) {
     EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
     EXPECT_EQ(number(group.result(rank), "freed"), 0) << "freed by all or not at all";
     EXPECT_EQ(number(group.result(rank), "still_registered"), 1 - rank);
+    EXPECT_EQ(number(group.result(rank), "idle"), rank) << "a stream of rank 0 is at work";
+    EXPECT_EQ(number(group.result(rank), "control_mapped"), rank == 0 ? 2 : 0);
   }
   EXPECT_LT(number(group.result(0), "total_ms"), 3000);
 }

@@ -75,6 +75,27 @@ def test_same_bits_in_every_mode(models: Path, family: str, world_size: int) -> 
             assert stats["fallbacks"] == stats["steps_broken_off"] == 0
 
 
+def layers_fetched(context: RankContext, folder: str) -> list[dict[str, list[int]]]:
+    seen = []
+    for mode in ("was", "cas"):
+        with pooled_model(context, Checkpoint.open(Path(folder) / "llama"), mode, mode=mode, max_rows=32) as pooled:
+            fetched: list[int] = []
+            runtime: Any = pooled.runtime
+            fetch_layer = runtime.fetch_layer
+            runtime.fetch_layer = lambda layer, f=fetch_layer, to=fetched: (to.append(layer), f(layer))
+            with torch.inference_mode():
+                pooled.model(tokens_of(0))
+            local = [runtime.pool.is_local(layer) for layer in range(len(runtime.pool.layers))]
+            seen.append({"fetched": fetched, "expected": [i for i, own in enumerate(local) if own == (mode == "cas")]})
+    return seen
+
+
+def test_streamed_layers_are_fetched_in_was_and_local_ones_in_cas(models: Path) -> None:
+    for modes in run_ranks(layers_fetched, 2, folder=str(models)):
+        for seen in modes:
+            assert seen["fetched"] == seen["expected"] != []
+
+
 def compiled(context: RankContext, folder: str) -> list[float]:
     path = Path(folder) / "llama"
     ids = tokens_of(context.rank)

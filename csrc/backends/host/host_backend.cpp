@@ -123,6 +123,12 @@ void HostBackend::leave() noexcept {
   if (!control_.empty()) control_[static_cast<std::size_t>(options_.rank)]->release_life();
 }
 
+void HostBackend::keep_control() noexcept {
+  leave();
+  for (auto& segment : control_) static_cast<void>(segment.release());
+  control_.clear();
+}
+
 Flag& HostBackend::bell(Rank rank) const {
   return *reinterpret_cast<Flag*>(control_[static_cast<std::size_t>(rank)]->data());
 }

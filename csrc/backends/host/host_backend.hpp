@@ -47,7 +47,9 @@ class HostBackend final : public Backend {
                      const std::atomic<bool>& stop) override;
   void interrupt() noexcept override;
 
-  // For a backend that keeps its host words here: a rank's control segment, and a flag's word in it.
+  // For a backend that keeps its host words here: a rank's control segment, and a flag's word in it. They stay mapped,
+  // for the life of the process, once keep_control() was called.
+  void keep_control() noexcept;
   [[nodiscard]] const SharedSegment& control(Rank rank) const { return *control_[static_cast<std::size_t>(rank)]; }
   [[nodiscard]] std::uint32_t* flag_word(FlagRef ref) const {
     return reinterpret_cast<std::uint32_t*>(&flag(ref).value);

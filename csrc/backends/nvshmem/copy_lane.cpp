@@ -70,7 +70,12 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
   }
   for (std::uint32_t i = 0; i <= last_flag; ++i) slots_.emplace_back(device_);
   const ContextScope scope(device_);
-  queue_next(kNoPass);
+  try {
+    queue_next(kNoPass);
+  } catch (...) {  // what was queued may still write the ring and the count
+    stop();
+    throw;
+  }
 }
 
 CopyLane::~CopyLane() { stop(); }

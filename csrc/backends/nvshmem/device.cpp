@@ -102,6 +102,7 @@ ServiceStream::ServiceStream(std::shared_ptr<const Device> device) : device_(std
 }
 
 ServiceStream::~ServiceStream() {
+  const ContextScope scope(*device_);
   if (!stream_->idle()) return;
   const int ordinal = device_->ordinal();
   Spares<SpareStream>::all().give(ordinal, 0, {std::move(device_), std::move(stream_)});

@@ -86,6 +86,10 @@ NvshmemBackend::NvshmemBackend(NvshmemOptions options, std::shared_ptr<Bootstrap
 NvshmemBackend::~NvshmemBackend() {
   const ContextScope scope(*device_);
   if (step_end_ != nullptr) device_->api().cuEventDestroy(step_end_);
+  if (*in_use_) {  // what is under way waits for and writes words there
+    host_.keep_control();
+    return;
+  }
   for (Rank rank = 0; rank < static_cast<Rank>(control_.size()); ++rank)
     device_->api().cuMemHostUnregister(host_.control(rank).data());
 }

@@ -5,8 +5,8 @@ namespace sidp::nvshmem {
 OneSided::OneSided(int ordinal)
     : device_(std::make_shared<Device>(ordinal)),
       kernels_(*device_),
-      words_(device_, 2, std::make_shared<const bool>(false)),
-      finished_(device_, 64, std::make_shared<const bool>(false)) {}
+      words_(device_, 2, kept_),
+      finished_(device_, 64, kept_) {}
 
 void OneSided::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr flag) const {
   const ContextScope scope(*device_);

@@ -1,5 +1,6 @@
 // Rows and a flag to another GPU, and the wait for such a flag: the kernels that the activation channel is made of, for
-// engines with a protocol of their own and for benchmarks. Calls only enqueue; they may be captured.
+// engines with a protocol of their own and for benchmarks. Calls only enqueue; they may be captured. Make the object
+// before the first wait, and let it live until what was enqueued and all graphs made with it are over.
 #pragma once
 
 #include <memory>
@@ -11,7 +12,10 @@ namespace sidp::nvshmem {
 class OneSided {
  public:
   // Throws Error(kUnsupported) without a driver, Error(kDevice).
-  explicit OneSided(int ordinal);  // of this process's GPU
+  explicit OneSided(int ordinal);                        // of this process's GPU
+  ~OneSided() { *kept_ = words_.load(kReleased) != 0; }  // waits that are still enqueued look at the words
+  OneSided(const OneSided&) = delete;
+  OneSided& operator=(const OneSided&) = delete;
 
   // Copies `bytes` from memory of this GPU to memory that is mapped here, then sets the 32 bits of `flag` there to 1.
   // The flag is seen after the bytes. Puts of one object follow each other on one stream.
@@ -28,6 +32,7 @@ class OneSided {
 
   std::shared_ptr<const Device> device_;
   Kernels kernels_;
+  std::shared_ptr<bool> kept_ = std::make_shared<bool>(false);  // see HostWords
   HostWords words_;
   DeviceWords finished_;
 };

@@ -335,7 +335,9 @@ EMULATED CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction func
                     : kernel == kTake ? take(arguments)
                     : kernel == kTurn ? turn(arguments)
                                       : await(arguments);
-  return enqueue(config->hStream, work);
+  const CUresult result = enqueue(config->hStream, work);
+  return result == CUDA_SUCCESS && std::getenv("CUDA_LAUNCH_BLOCKING") != nullptr ? cuStreamSynchronize(config->hStream)
+                                                                                  : result;
 }
 EMULATED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void* data) {
   return enqueue(stream, [=] { function(data); });
