@@ -78,6 +78,18 @@ def missing_gpu() -> str | None:
     return reason
 
 
+@pytest.fixture(scope="session")
+def unpooled_real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model as transformers reads it, pickled: the file takes transformers ten to twenty seconds each time."""
+    import torch
+    from helpers.gguf_model import real_model
+    from helpers.hf import load_unpooled
+
+    path = tmp_path_factory.mktemp("unpooled") / "model.pt"
+    torch.save(load_unpooled(real_model()), path)
+    return path
+
+
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}ranks")
 def world_size(request: pytest.FixtureRequest) -> int:
     return int(request.param)

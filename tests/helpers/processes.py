@@ -33,7 +33,7 @@ from sidp_runtime.group import Store
 
 _server = multiprocessing.get_context("forkserver")
 # pytest: a forked process runs the main module of the test session again, under another name
-_server.set_forkserver_preload(["torch", "torch._dynamo", "torch._inductor", "sidp_runtime.runtime", "pytest"])
+_server.set_forkserver_preload(["torch._dynamo", "torch._inductor", "sidp_runtime.runtime", "pytest", "helpers.hf"])
 
 _NUMBERS = ("rank", "peer", "layer", "num_bytes", "waited_ms", "expected", "seen")
 _FLUSH_S = 0.3  # for a stack dump to reach the file

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.gguf_model import real_model
-from helpers.hf import load_unpooled, pooled_model, read_messages
+from helpers.hf import pooled_model, read_messages
 from helpers.processes import RankContext, run_ranks
 
 from sidp_runtime.integrations.generation import generate_batch
@@ -37,14 +37,14 @@ def batches(repository: Path) -> list[Tokens]:
     return [prompts[at : at + BATCH_SIZE] for at in range(0, len(prompts), BATCH_SIZE)]
 
 
-def unpooled(context: RankContext, batches: list[Tokens]) -> list[Tokens]:
-    model = load_unpooled(real_model())
+def unpooled(context: RankContext, path: str, batches: list[Tokens]) -> list[Tokens]:
+    model = torch.load(path, weights_only=False)
     return [generate_batch(model, batch, NEW_TOKENS, 2, [2])[0] for batch in batches]
 
 
 @pytest.fixture(scope="module")
-def expected(batches: list[Tokens]) -> list[Tokens]:
-    (tokens,) = run_ranks(unpooled, 1, batches=batches, timeout_s=280)
+def expected(unpooled_real_model: Path, batches: list[Tokens]) -> list[Tokens]:
+    (tokens,) = run_ranks(unpooled, 1, path=str(unpooled_real_model), batches=batches, timeout_s=280)
     assert isinstance(tokens, list)
     return tokens
 
