@@ -100,34 +100,33 @@ def copy_bytes(view: _C.ByteView, source: memoryview) -> None:
 
 
 def make_store_server() -> tuple[Store, str, int]:
-    """A store in this process for this machine's processes, its host and its port.
-
-    It listens on the loopback device only: torch's default is every device, as IPv6, where its one thread asks the name
-    server who each client is, and a lost answer keeps all of them waiting for seconds (pytorch issue 159007).
-    """
-    listener = socket.create_server(("127.0.0.1", 0))
-    host, port = listener.getsockname()
-    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-    return store, host, port
+    """A store in this process for this machine's processes, its host and its port."""
+    host, listener = "127.0.0.1", socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return _tcp_store(host, port, is_master=True, master_listen_fd=listener.detach()), host, port
 
 
 def connect_store(host: str, port: int, deadline_ms: int, *, is_master: bool = False) -> Store:
-    """The group's store. ``PeerDeadError`` if nobody serves it within the deadline."""
+    """The group's store. ``PeerDeadError`` if nobody serves it within the deadline.
+
+    A master of this machine's processes listens on the loopback device only: torch's default is every device, as IPv6,
+    where its one thread asks the name server who each client is, and a lost answer keeps all of them waiting for
+    seconds (pytorch issue 159007).
+    """
+    options: dict[str, Any] = {"is_master": is_master, "timeout": datetime.timedelta(milliseconds=deadline_ms)}
     try:
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-            host,
-            port,
-            is_master=is_master,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(milliseconds=deadline_ms),
-        )
-    except RuntimeError as error:
+        if is_master and host in ("127.0.0.1", "localhost"):
+            options["master_listen_fd"] = socket.create_server((host, port)).detach()
+        return _tcp_store(host, port, **options)
+    except (RuntimeError, OSError) as error:
         raise PeerDeadError(
             f"no store at {host}:{port} within {deadline_ms} ms: {error}; is the process that holds it running?",
             waited_ms=deadline_ms,
         ) from error
+
+
+def _tcp_store(host: str, port: int, **options: Any) -> Store:
+    store: Any = dist.TCPStore(host, port, wait_for_workers=False, **options)  # type: ignore[attr-defined]
     result: Store = store
     return result
 

@@ -40,6 +40,8 @@ _TABLE = (
     Setting("WORLD_SIZE", "processes in the group (torchrun)", "count", None, 1, 4096),
     Setting("MASTER_ADDR", "host of the rendezvous store (torchrun)", "host name", "127.0.0.1"),
     Setting("MASTER_PORT", "port of the rendezvous store (torchrun)", "TCP port", "29500", 1, 65535),
+    Setting("TORCHELASTIC_USE_AGENT_STORE", "True: torchrun itself serves the store there", "switch", "False"),
+    Setting("TORCHELASTIC_RESTART_COUNT", "how often torchrun has started the ranks anew", "count", "0", 0, 1_000_000),
     Setting("CUDA_MODULE_LOADING", "when CUDA loads kernels (CUDA reads it); see load_kernels_early", "mode", "EAGER"),
     Setting("CUDA_VISIBLE_DEVICES", "the GPUs (CUDA reads it); see put_own_gpu_first", "list", None),
     Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "vLLM's engine in a process of its own (vLLM reads it)", "switch", "0"),
@@ -55,12 +57,18 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _TABLE}
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where a group meets: ``0 <= rank < world_size``, and the store's address and TCP port."""
+    """Where a group meets: ``0 <= rank < world_size``, and the store's address and TCP port.
+
+    ``is_served``: torchrun serves that store, else rank 0 does. ``attempt``: keeps the keys of ranks that torchrun
+    started anew apart from those of their predecessors, in a store that lives on.
+    """
 
     rank: int
     world_size: int
     master_addr: str
     master_port: int
+    is_served: bool = False
+    attempt: int = 0
 
 
 def _integer(name: str) -> int:
@@ -127,7 +135,9 @@ def rendezvous() -> Rendezvous:
     address = os.environ.get("MASTER_ADDR", SETTINGS["MASTER_ADDR"].default or "")
     if not address or any(c.isspace() for c in address):
         raise ConfigError(f"environment variable MASTER_ADDR={address!r} is empty or has white space")
-    return Rendezvous(rank, world_size, address, _integer("MASTER_PORT"))
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = _integer("TORCHELASTIC_RESTART_COUNT") if is_served else 0
+    return Rendezvous(rank, world_size, address, _integer("MASTER_PORT"), is_served, attempt)
 
 
 def load_kernels_early() -> None:
@@ -138,6 +148,16 @@ def load_kernels_early() -> None:
     go on at their deadlines. It has no effect on a process in which CUDA has started already.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", SETTINGS["CUDA_MODULE_LOADING"].default or "")
+
+
+def check_kernels_early() -> None:
+    """``ConfigError`` if nobody decided when this process's CUDA, which has started, loads kernels."""
+    if "CUDA_MODULE_LOADING" not in os.environ:
+        raise ConfigError(
+            "CUDA started without CUDA_MODULE_LOADING in the environment, so a kernel is loaded at its first launch: "
+            "with CaS two ranks that load one at once would wait for each other. Set it to EAGER before the process "
+            "starts, or use mode was"
+        )
 
 
 def prepare_vllm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -143,11 +144,19 @@ def test_nobody_serves_the_store() -> None:
     assert caught.value.waited_ms == 200
 
 
-def test_only_this_machine_reaches_a_store_of_ours() -> None:
-    _store, host, port = _torch.make_store_server()
+@pytest.mark.parametrize("how", ["made", "master"])
+def test_only_this_machine_reaches_a_store_of_ours(how: str) -> None:
+    if how == "made":
+        _store, host, port = _torch.make_store_server()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            host, port = free.getsockname()
+        _store = _torch.connect_store(host, port, 20_000, is_master=True)
     sockets = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
     listening = [fields[1] for fields in sockets if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")]
     assert (host, listening) == ("127.0.0.1", [f"0100007F:{port:04X}"])
+    with pytest.raises(PeerDeadError, match="Address already in use"):
+        _torch.connect_store(host, port, 20_000, is_master=True)
 
 
 def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +165,6 @@ def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": host, "MASTER_PORT": port, "SIDP_DEADLINE_MS": 20_000}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    store.set("sidp/default/token/0", "c" * 32)
+    store.set("sidp/default/0/token/0", "c" * 32)
     group = sidp.Group.from_env()
     assert (group.rank, group.world_size, group.deadline_ms, group.token) == (1, 2, 20_000, "c" * 32)

@@ -103,6 +103,9 @@ def read(vllm_config: Any) -> Settings:
     host, port = _store(own.store) if own.store is not None else ("", 0)
     if where is not None and own.store is None:
         host, port = where.master_addr, where.master_port
+        own = dataclasses.replace(
+            own, serve_store=own.serve_store and not where.is_served, name=f"{own.name}/{where.attempt}"
+        )
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of 0 to {world_size - 1}", rank=rank)
     return Settings(pool, own, rank, world_size, host, port)
