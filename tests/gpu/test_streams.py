@@ -77,6 +77,31 @@ def test_all_ask_all_while_all_compute(world_size: int) -> None:
     assert sum(served) == 30 * 6 * (world_size - 1)
 
 
+def full_launch_queue(context: RankContext) -> None:
+    """Each rank's stream waits for the other's answer with more launches behind it than the driver takes at once."""
+    launches = 3000
+    with open_replica(
+        context, mode="cas", backend="nvshmem", runtime_deadline_ms=8000, test_service_delay_us=100_000
+    ) as replica:
+        x, results = replica.rows(2), []
+        small = torch.zeros(64, device=replica.device)
+        with replica.runtime.step(num_tokens=2):
+            for layer in replica.streamed:
+                results.append((layer, replica.runtime.remote_compute(layer, "mlp", x)))
+                for _ in range(launches):
+                    small.add_(1)
+        torch.cuda.synchronize()
+        replica.runtime.check()
+        assert small.tolist() == [launches * len(results)] * 64
+        for layer, y in results:
+            assert torch.equal(y, mlp(replica.reference[layer], x)), f"layer {layer}"
+        assert replica.runtime.stats()["fallbacks"] == 0
+
+
+def test_answers_come_while_the_launch_queues_are_full() -> None:
+    run_ranks(full_launch_queue, 2)
+
+
 def random_delays(context: RankContext, mode: str) -> None:
     pause = random.Random(context.rank)
     with open_replica(

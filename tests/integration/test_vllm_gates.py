@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm r
 import helpers.vllm_quiet  # noqa: F401 - before the others
 import vllm
 
-from sidp_runtime import Mode
+from sidp_runtime import Mode, config
 from sidp_runtime.errors import ConfigError, UnsupportedError, UsageError
-from sidp_runtime.integrations.vllm import compat, engine, engine_arguments, settings, weights
+from sidp_runtime.integrations.vllm import compat, engine, engine_arguments, register, settings, weights
 from sidp_runtime.integrations.vllm.loader import SidpModelLoader, row_buckets
 from sidp_runtime.integrations.vllm.offloader import PoolOffloader
 from sidp_runtime.integrations.vllm.step import OPERATORS, StepState
@@ -171,6 +172,36 @@ def test_steps_of_the_warm_up_are_was_and_do_not_count() -> None:
         state.end()
     assert runtime.modes == [Mode.WAS, Mode.CAS]
     assert runtime.counted == [False, True]
+
+
+def test_the_first_step_of_each_size_is_was_where_asked_for() -> None:
+    runtime: Any = Began()
+    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS, first_is_was=True)
+    state.begin(8)  # of the warm-up, where much of a step is left out
+    state.end()
+    state.warming_up = False
+    for rows in (8, 8, 4, 8, 4):
+        state.begin(rows)
+        state.end()
+    assert runtime.modes == [Mode.WAS, Mode.WAS, Mode.CAS, Mode.WAS, Mode.CAS, Mode.CAS]
+    assert runtime.counted == [False, True, True, True, True, True]
+
+
+def test_kernels_are_loaded_early_for_cas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    for mode, expected in (("was", None), ("cas", "EAGER"), ("auto", "EAGER")):
+        monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+        register()  # in every process of every vLLM: it changes nothing
+        assert "CUDA_MODULE_LOADING" not in os.environ
+        engine_arguments(mode=mode, backend="nvshmem")
+        assert os.environ.get("CUDA_MODULE_LOADING") == expected
+        if expected:
+            config.check_kernels_early()
+        else:
+            with pytest.raises(ConfigError, match="Set it to EAGER before the process starts"):
+                config.check_kernels_early()
 
 
 def test_another_worker_would_never_end_the_warm_up() -> None:

@@ -15,13 +15,10 @@ __all__ = ["engine_arguments", "register"]
 def register() -> None:
     """Entry point: makes ``load_format="sidp"`` known. Called in every process of vLLM, maybe more than once.
 
-    It checks nothing, as it also runs where no pool is wanted; the loader checks when it is made.
+    It checks and changes nothing else, as it also runs where no pool is wanted; the loader checks when it is made.
     """
     from vllm.model_executor.model_loader import register_model_loader
 
-    from ... import config
-
-    config.load_kernels_early()  # in each process of vLLM, before it starts CUDA
     from .loader import SidpModelLoader
 
     register_model_loader("sidp")(SidpModelLoader)
@@ -34,7 +31,8 @@ def engine_arguments(
 
     ``rank`` and ``store`` (``host:port``; rank 0 serves it) and what else is this engine's ``own``: see
     ``settings.RankSettings``. ``pool``: equal on all ranks, see ``settings.PoolSettings``. On a GPU it asks for
-    piecewise CUDA graphs; put ``cudagraph_mode`` into a ``compilation_config`` of your own.
+    piecewise CUDA graphs; put ``cudagraph_mode`` into a ``compilation_config`` of your own. There, unless the mode is
+    ``was``, it also sets ``CUDA_MODULE_LOADING`` for this process and its children, see ``config.load_kernels_early``.
     """
     from vllm.platforms import current_platform
 
@@ -43,10 +41,13 @@ def engine_arguments(
 
     given = {"rank": rank, "store": store, **(own or {})}
     given = {name: value for name, value in given.items() if value is not None}
-    PoolSettings(**pool), RankSettings(**given)  # refuses unknown names here, not in another process
-    config.load_kernels_early()  # before vLLM starts CUDA
-    worker = "SidpCpuWorker" if current_platform.is_cpu() else "SidpWorker"
-    graphs = {} if current_platform.is_cpu() else {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    mode = PoolSettings(**pool).mode  # refuses unknown names here, not in another process
+    RankSettings(**given)
+    on_cpu = current_platform.is_cpu()
+    if not on_cpu and mode != "was":
+        config.load_kernels_early()
+    worker = "SidpCpuWorker" if on_cpu else "SidpWorker"
+    graphs = {} if on_cpu else {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
     return {
         **graphs,
         "load_format": "sidp",

@@ -26,9 +26,18 @@ class StepState:
     """An engine's steps. One thread at a time, vLLM's worker.
 
     ``warming_up``: at first every step is WaS, and neither counted nor timed: it compiles, or measures memory.
+    ``first_is_was``: so is each size's first one after that. What an engine does then for the first time (a kernel
+    loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
     """
 
-    def __init__(self, runtime: Runtime, num_layers: int, max_rows: int, configured: Mode | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        num_layers: int,
+        max_rows: int,
+        configured: Mode | None = None,
+        first_is_was: bool = False,
+    ) -> None:
         self.runtime = runtime
         self._configured = configured
         self.pinned = configured  # see pin
@@ -38,6 +47,7 @@ class StepState:
         self._max_rows = max_rows
         self._in_step = False
         self._is_cas = False
+        self._untried = set(range(1, max_rows + 1)) if first_is_was else set()
 
     def pin(self, mode: Mode | None) -> None:
         """From the next step on this mode where a step's rows allow it, or again as configured (None)."""
@@ -51,8 +61,10 @@ class StepState:
             self._in_step = False
             self.runtime.end_step(broken_off=True)
         mode = self.pinned
-        if self.warming_up or (mode == Mode.CAS and rows > self._max_rows):
+        if self.warming_up or rows in self._untried or (mode == Mode.CAS and rows > self._max_rows):
             mode = Mode.WAS
+        if not self.warming_up:
+            self._untried.discard(rows)
         step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
         self._in_step, self._is_cas = True, step.mode == Mode.CAS
 
