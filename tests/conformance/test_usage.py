@@ -239,8 +239,8 @@ def test_misuse_of_the_pool_is_refused(backend: str) -> None:
 
 
 def late_lane(context: RankContext) -> None:
-    """The lane needs 0.6 s a layer, the fetch waits 0.05 s."""
-    with open_replica(context, mode="was", ops=(), runtime_deadline_ms=50, test_lane_delay_us=600_000) as replica:
+    """The lane needs 1.5 s a layer, the fetch waits 0.05 s."""
+    with open_replica(context, mode="was", ops=(), runtime_deadline_ms=50, test_lane_delay_us=1_500_000) as replica:
         layer = replica.streamed[0]
         with pytest.raises(DeadlineError, match=f"for layer {layer} .* slot 0 is still empty") as caught:
             use(replica.runtime, [layer], [])
@@ -249,13 +249,13 @@ def late_lane(context: RankContext) -> None:
         assert (error.expected, error.seen) == (1, 0)
         assert error.num_bytes == replica.pool.placement.layer_bytes(layer)
         assert error.waited_ms is not None
-        assert 50 <= error.waited_ms < 600
+        assert 50 <= error.waited_ms < 1500
         refused(replica)
 
 
 def refused(replica: Replica) -> None:
     """No step is possible once the lane's order is lost, however long one waits."""
-    time.sleep(0.7)
+    time.sleep(1.6)
     with pytest.raises(UsageError, match="no longer in order"), replica.runtime.step(num_tokens=1):
         pass
 
@@ -273,7 +273,7 @@ def late_drain(context: RankContext) -> None:
         mode="was",
         ops=(),
         runtime_deadline_ms=50,
-        test_lane_delay_us=600_000,
+        test_lane_delay_us=1_500_000,
     ) as replica:
         with pytest.raises((DeadlineError, UsageError)):
             use(replica.runtime, [], [])
