@@ -15,7 +15,7 @@ import sidp_runtime as sidp
 group = sidp.Group.from_env()
 ranks = [int(rank) for rank in group.all_gather("ranks", str(group.rank).encode())]
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-print(f"attempt {attempt}: rank {group.rank} saw {ranks}", flush=True)
+os.write(1, f"attempt {attempt}: rank {group.rank} saw {ranks}\\n".encode())  # at once: print() may mix lines
 group.barrier("seen")
 sys.exit(attempt == "0" and group.rank == 1)
 """
