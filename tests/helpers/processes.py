@@ -33,7 +33,10 @@ from sidp_runtime.group import Store
 
 _server = multiprocessing.get_context("forkserver")
 # pytest: a forked process runs the main module of the test session again, under another name
-_server.set_forkserver_preload(["torch._dynamo", "torch._inductor", "sidp_runtime.runtime", "pytest", "helpers.hf"])
+_preload = ["torch._dynamo", "torch._inductor", "sidp_runtime.runtime", "pytest"]
+if os.environ.get("SIDP_TEST_GPU") != "1":  # transformers may ask for GPUs, and then no forked process could use them
+    _preload.append("helpers.hf")
+_server.set_forkserver_preload(_preload)
 
 _NUMBERS = ("rank", "peer", "layer", "num_bytes", "waited_ms", "expected", "seen")
 _FLUSH_S = 0.3  # for a stack dump to reach the file
