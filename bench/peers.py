@@ -174,6 +174,8 @@ def transfer(
         if not collective and not receives:
             return IDLE
         call = maker(context, link, owner, num_bytes)
+        if receives:
+            link.landing.zero_()  # subjects before this one left the same bytes there
         call()
         piece = num_bytes // (context.world_size - 1)
         if receives and name in GATHERS:

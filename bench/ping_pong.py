@@ -48,6 +48,8 @@ def sidp(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:
 
 def nvshmem_put_signal(context: RankContext, link: Link, size: int) -> tuple[Exchange, Wait]:
     """``nvshmemx_putmem_signal_on_stream`` and ``nvshmemx_signal_wait_until_on_stream``."""
+    if context.shares_gpu:
+        raise Unavailable("NVSHMEM ends the process at a signal wait on a GPU that ranks share without MPS")
     try:
         nvshmem: Any = import_module("nvshmem.bindings")
     except ImportError as error:
@@ -105,14 +107,16 @@ def round_trips(
                 wait(number)
                 send(size, number)
 
-    def verified(call: Callable[[], object]) -> None:
+    def wrong(call: Callable[[], object]) -> WrongDataError | None:
+        """To be raised once both ranks are through: the other one goes on, and waits for this one's trips."""
         if context.rank == 0:
             link.own[:size].add_(1)  # other bytes each time, as the other rank's inbox still holds the last ones
             link.own[size : 2 * size].zero_()
         call()
         context.synchronize()
         if context.rank == 0 and not torch.equal(link.own[size : 2 * size], link.own[:size]):
-            raise WrongDataError(f"{size} bytes did not come back as they were sent")
+            return WrongDataError(f"{size} bytes did not come back as they were sent")
+        return None
 
     def prepare() -> tuple[Sample, int]:  # both ranks do the same number of trips, as they need each other's
         if context.rank > 1:
@@ -124,16 +128,23 @@ def round_trips(
             value += 1
             trips([value], ends)
 
-        verified(trip)
+        error = wrong(trip)
         if not graph_trips:
-            return (lambda n: context.time(trip, n, warm=2)), 100
+            if error:
+                raise error
+            return (lambda n: context.time(trip, n, warm=2)), 1000
         # A replay begins with a value that its last trip did not leave, so that its waits hold from the first one on.
         replay = captured_call(context, lambda: trips(range(1, graph_trips + 1)))
+        if error:
+            raise error
 
         def sample(n: int) -> float:
-            verified(replay)  # not before: had the other rank failed to capture, its trips would never come
-            return context.time(replay, n, warm=2) / graph_trips
+            error = wrong(replay)  # not before: had the other rank failed to capture, its trips would never come
+            seconds = context.time(replay, n, warm=2) / graph_trips
+            if error:
+                raise error
+            return seconds
 
-        return sample, max(1, 100 // graph_trips)
+        return sample, max(1, 1000 // graph_trips)
 
     return prepare

@@ -24,7 +24,7 @@ from .shapes import Shape
 
 SPIN_CYCLES = 6_000_000  # about 3 ms of one SM: longer than it takes to queue what is timed
 DEADLINE_MS = 30_000
-STORE_MS = 100_000  # ranks wait for each other's captures
+STORE_MS = 60_000  # ranks wait for each other's captures
 HEAVY_ROWS = 256  # from here on a step's products, not the reading of weights, take its time, and the GPU's power
 MOST_STEPS = 30  # in a sample
 
@@ -269,6 +269,11 @@ class RankContext:
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
+
+    def finish(self) -> None:
+        """Waits for what was queued on the current stream; copies for the next step go on."""
+        if self.on_gpu:
+            torch.cuda.current_stream().synchronize()
 
     def time(self, call: Callable[[], object], iterations: int, *, spin: bool = False, warm: int = 1) -> float:
         """Seconds of one of ``iterations`` calls that follow ``warm`` untimed ones without a pause.

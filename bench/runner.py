@@ -32,7 +32,7 @@ from .shapes import SHAPES, default_shape
 
 CASES_PACKAGE = f"{__package__}.cases"
 _GRACE_S = 3.0  # for the other ranks to end by themselves once one has failed
-_START_S = 60.0  # of a rank's start on a GPU: CUDA loads all kernels, NVSHMEM starts
+_START_S = 30.0  # of a rank's start on a GPU: CUDA loads all kernels, NVSHMEM starts
 
 # Ranks are forked from a server that has torch loaded, capture of ops included, and has not touched CUDA.
 _server = multiprocessing.get_context("forkserver")
@@ -59,9 +59,10 @@ def run(
     ranks: Sequence[int] = (),
     table: Sequence[Case] = CASES,
     limit_s: float = 480,
+    json_path: Path | None = None,
     console: Console | None = None,
 ) -> Report:
-    """Runs cases one after the other and prints each one's table when it is done.
+    """Runs cases one after the other and prints each one's table, and writes the figures so far, when it is done.
 
     ``limit_s``: a case that would begin after so long has an error row instead. ``ranks``: counts of processes that
     each case runs with, by default what it needs. Raises ``ConfigError``, and ``UnsupportedError`` where the backend
@@ -90,11 +91,13 @@ def run(
             if spent > limit_s:
                 reason = f"not begun: {spent:.0f} s were spent"
                 report.figures.append(Figure(case.key, "run", "case", "", status="error", reason=reason))
-                continue
-            ran = _run_case(case, report, world_size, quick, gpus, min(case.deadline_s, limit_s - spent))
-            shared = f" that SHARE {gpus} GPU" if ran["shared_gpu"] else ""
-            console.rule(f"{case.key} ({ran['seconds']:.1f} s, {world_size} ranks{shared})")
-            render(report.figures[first:], console)
+            else:
+                ran = _run_case(case, report, world_size, quick, gpus, min(case.deadline_s, limit_s - spent))
+                shared = f" that SHARE {gpus} GPU" if ran["shared_gpu"] else ""
+                console.rule(f"{case.key} ({ran['seconds']:.1f} s, {world_size} ranks{shared})")
+                render(report.figures[first:], console)
+            if json_path is not None:
+                report.write(json_path)
     console.print(f"{time.monotonic() - start:.0f} s of {limit_s:.0f}")
     return report
 
@@ -125,7 +128,7 @@ def _run_case(case: Case, report: Report, world_size: int, quick: bool, gpus: in
             process.start()
         overdue = _join(processes, deadline_s + (_START_S if gpus else 0))
         for rank in range(world_size):
-            _collect(folder / f"rows-{rank}.jsonl", report)
+            _collect(folder / f"rows-{rank}.jsonl", report, world_size)
         ended = [p.exitcode for p in processes]
         if overdue or any(ended):
             late = f"killed after {time.monotonic() - begin:.0f} s: " if overdue else ""
@@ -171,7 +174,7 @@ def _join(processes: Sequence[Any], deadline_s: float) -> set[int]:
     return late
 
 
-def _collect(path: Path, report: Report) -> None:
+def _collect(path: Path, report: Report, world_size: int) -> None:
     if not path.exists():
         return
     for line in path.read_text().split("\n")[:-1]:  # what follows the last end of a line was cut off by a kill
@@ -180,7 +183,7 @@ def _collect(path: Path, report: Report) -> None:
             report.timeline.append(document["event"])
             continue
         figure = Figure.from_json(document)
-        if figure.bar is not None and environment.num_gpus() < document["bar_gpus"]:
+        if figure.bar is not None and min(environment.num_gpus(), world_size) < document["bar_gpus"]:
             figure = replace(figure, bar=None)  # it does not hold of so few
         report.figures.append(figure)
 

@@ -34,6 +34,8 @@ _SMALL = 64  # columns of the layers that copies and requests of no size are mea
 _SMALL_LAYERS = 16
 _SAMPLE_S = 0.05
 _SAMPLES = 5
+_HEAVY_ROWS = 256  # from here on products take a GPU to its power limit, and its clock follows
+_HEAT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -149,26 +151,42 @@ class _Rank:
                 self._meet()  # nobody leaves while another one asks
 
     def _meet(self) -> None:
+        self._gather("")
+
+    def _gather(self, word: str) -> list[str]:
         self.meetings += 1
-        self.group.barrier(f"calibration {self.meetings}")
+        return [answer.decode() for answer in self.group.all_gather(f"calibration {self.meetings}", word.encode())]
 
     def _synchronize(self) -> None:
         if self.device is not None:
             torch.cuda.synchronize(self.device)
 
-    def _seconds(self, call: Callable[[], object]) -> float:
+    def _seconds(self, call: Callable[[], object], rows: int = 1) -> float:
         """Of a call: median of samples of many calls each, every rank at the same time."""
 
         def sample(count: int) -> float:
-            start = time.perf_counter()
+            if self.device is None:
+                start = time.perf_counter()
+                for _ in range(count):
+                    call()
+                return (time.perf_counter() - start) / count
+            # By events behind a call that does not count: to wait for the device would count the copies ahead too.
+            self._synchronize()
+            call()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
             for _ in range(count):
                 call()
-            self._synchronize()
-            return (time.perf_counter() - start) / count
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3 / count
 
         sample(1)
-        once = sample(1)
+        # The same on all ranks, as one may need the other's answers
+        once = max(map(float, self._gather(str(sample(1)))))
         count = max(1, min(200, int(_SAMPLE_S / max(once, 1e-9))))
+        if self.device is not None and rows >= _HEAVY_ROWS:  # the clock follows the power over tenths of a second
+            sample(max(1, int(_HEAT_S / max(once, 1e-9))))
         self._meet()  # long calls: fewer samples
         found = statistics.median(sample(count) for _ in range(_SAMPLES if once < _SAMPLE_S else 2))
         self._meet()
@@ -248,7 +266,8 @@ class _Rank:
         layer_s = []
         for rows in self.job.rows:
             x = self._rows(rows)
-            layer_s.append(self._seconds(self._plain(lambda x=x: [self._layer(w, x) for w in weights])) / len(weights))  # type: ignore[misc]
+            every = self._plain(lambda x=x: [self._layer(w, x) for w in weights])  # type: ignore[misc]
+            layer_s.append(self._seconds(every, rows) / len(weights))
         return {"layer_s": layer_s}
 
     def _rows(self, rows: int) -> torch.Tensor:
@@ -290,7 +309,7 @@ class _Rank:
                             x = _remote_layer(runtime, i, x)
 
                 was_s, cas_s = (
-                    self._seconds(self._stepper(runtime, size, lambda mode=mode: forward(mode)))  # type: ignore[misc]
+                    self._seconds(self._stepper(runtime, size, lambda mode=mode: forward(mode)), rows)  # type: ignore[misc]
                     for size, mode in _FIXED.items()
                 )
                 runtime.check()

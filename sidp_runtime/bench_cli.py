@@ -77,9 +77,10 @@ def run(
             shape=shape,
             ranks=[ranks] if ranks else (),
             limit_s=limit,
+            json_path=json_path,
             console=console,
         )
-        _finish(report, json_path, console)
+        _finish(report, console)
 
 
 @app.command()
@@ -105,14 +106,13 @@ def scale(
             quick=quick,
             shape=shape,
             limit_s=limit,
+            json_path=json_path,
             console=console,
         )
-        _finish(report, json_path, console)
+        _finish(report, console)
 
 
-def _finish(report: Any, json_path: Path | None, console: Console) -> None:
-    if json_path is not None:
-        report.write(json_path)
+def _finish(report: Any, console: Console) -> None:
     if report.failures:
         console.print(f"{len(report.failures)} of {len(report.figures)} figures failed or missed their bar")
         raise typer.Exit(1)

@@ -19,12 +19,14 @@ _BYTES = "every byte that landed is compared with what its owner holds, once for
 _LAYERS = "every fetched tensor is compared with its owner's, and one remote result with its product here"
 
 CASES = (
-    Case("link_bandwidth", "raw transfers between two ranks, by size, one and both directions", _BYTES, _COPY_PEERS),
+    Case("link_bandwidth", "raw transfers between two ranks, by size, one and both directions", _BYTES, _COPY_PEERS,
+         deadline_s=80),
     Case("incast", "1 to N-1 ranks pull from one owner", _BYTES, ("cudaMemcpyAsync", "memcpy"), ranks=3,
-         every_gpu=True),
-    Case("fetch", "whole layers through the ring, beside every other way to move the bytes", _BYTES, _COPY_PEERS),
+         every_gpu=True, deadline_s=60),
+    Case("fetch", "whole layers through the ring, beside every other way to move the bytes", _BYTES, _COPY_PEERS,
+         deadline_s=80),
     Case("put_signal", "one-sided rows and flag, there and back, by size", "what comes back is compared",
-         ("nvshmem_put_signal", "memcpy_write_value"), deadline_s=150),
+         ("nvshmem_put_signal", "memcpy_write_value"), deadline_s=60),
     Case("remote_compute", "a product at the layer's owner, over the same product here, by rows", _LAYERS),
     Case("step_time", "steps over tokens: WaS, CaS, all layers here, and the floor", _LAYERS,
          ("all_local", "pinned_offload", "tensor_parallel"), deadline_s=240),

@@ -31,7 +31,10 @@ def run(context: RankContext) -> None:
         with open_link(context, replica.layer_bytes) as link:
             name, everyone = RAW[context.backend], set(range(context.world_size))
             subject = transfer(context, link, name, context.peer, replica.layer_bytes, everyone, 0.05)
-            copy_s = context.contest({name: subject}).seconds[name]
+            copies = context.contest({name: subject})
+            copy_s = copies.seconds[name]
+            context.record(copies, "copy", "ms", lambda s: s * 1e3, higher_is_better=False,
+                           parameters={"ranks": context.world_size, "bytes": replica.layer_bytes})  # fmt: skip
         replica.verify()
         for count in counts:
             _one_count(context, replica, count, copy_s)
@@ -65,7 +68,7 @@ def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[
                 time.sleep(random.uniform(0, GAP_MS) / 1e3)
                 start = time.perf_counter()
                 replica.eager(x, Mode.WAS)
-                context.synchronize()
+                context.finish()
                 taken += time.perf_counter() - start
             return taken / n
 
@@ -80,10 +83,11 @@ def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[
     if count <= replica.shape.cas_rows:
         subjects["sidp_cas_all"] = plain(step(Mode.CAS))
         subjects["sidp_cas_one"] = plain(step(Mode.CAS), {0})
-    samples = context.contest(subjects, pace=pace)
+    samples = context.contest(subjects, pace=pace, clock=True)
     context.synchronize()
     replica.runtime.check()
     context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)
+    context.record_clocks(samples, parameters)
     if context.rank == 0 and "all_local" in samples.seconds:
         local = samples.seconds["all_local"]
         floor = [max(a, b * len(replica.streamed)) for a, b in zip(local, copy_s, strict=True)]

@@ -140,6 +140,31 @@ def test_wrong_data_are_an_error_and_no_figure(monkeypatch: pytest.MonkeyPatch) 
     assert "did not arrive" in row.reason
 
 
+def test_figures_are_on_disk_after_each_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run_case(case: Case, report: Report, *rest: Any) -> dict[str, Any]:
+        if case.key == "breaks":
+            raise KeyboardInterrupt
+        report.figures.append(Figure(case.key, "m", "s", "u", samples=(1.0,)))
+        return {"shared_gpu": False, "seconds": 1.0}
+
+    monkeypatch.setattr(bench.runner, "_run_case", run_case)
+    table, path = [Case("done", "", ""), Case("breaks", "", "")], tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.runner.run(command="test", table=table, json_path=path)
+    assert [figure.case for figure in Report.read(path).figures] == ["done"]
+
+
+def test_a_bar_holds_of_as_many_gpus_as_take_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figure = Figure("c", "m", "s", "u", samples=(2.0,), bar=Bar(1.0, at_least=False, gpus=4))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(figure.to_json() | {"bar_gpus": 4}) + "\n")
+    monkeypatch.setattr(bench.runner.environment, "num_gpus", lambda: 4)
+    for world_size, missed in ((2, False), (4, True)):
+        report = Report("test", "nvshmem", "small", {})
+        bench.runner._collect(path, report, world_size)
+        assert bool(report.failures) == missed
+
+
 def test_what_makes_a_figure_mean_nothing_is_an_error_of_peers_too() -> None:
     def fail(error: Exception) -> dict[str, Any]:
         return bench.rank._attempt("some_peer", lambda: (_ for _ in ()).throw(error))
