@@ -52,14 +52,15 @@ def initialise(group: Group, device: int | None) -> tuple[int, list[str]]:
     ``DeadlineError``.
     """
     global _job, _failed
-    config.load_kernels_early()  # before anything starts CUDA, as the next line may
+    from . import _torch_gpu
+
+    if not _torch_gpu.has_started():
+        config.load_kernels_early()  # before anything starts CUDA, as the next line may
     if reason := missing():
         raise UnsupportedError(f"backend 'nvshmem': {reason}", rank=group.rank)
     if _failed:
         raise DeviceError(f"NVSHMEM failed in this process before: {_failed}; start a new one", rank=group.rank)
     config.check_nvshmem()
-    from . import _torch_gpu
-
     device = _torch_gpu.use_device(device)
     job = (group.rank, group.world_size, device)
     uuid = str(_C.cuda_report()["devices"][device]["uuid"])

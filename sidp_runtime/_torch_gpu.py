@@ -36,6 +36,11 @@ def use_device(ordinal: int | None) -> int:
     return chosen
 
 
+def has_started() -> bool:
+    """Whether torch has started CUDA in this process."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def synchronize(device: int) -> None:
     """Waits for everything on a device."""
     torch.cuda.synchronize(device)

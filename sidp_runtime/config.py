@@ -70,6 +70,11 @@ class Rendezvous:
     is_served: bool = False
     attempt: int = 0
 
+    @property
+    def suffix(self) -> str:
+        """For the names of groups of a later attempt."""
+        return f"/{self.attempt}" if self.attempt else ""
+
 
 def _integer(name: str) -> int:
     setting = SETTINGS[name]
@@ -151,11 +156,11 @@ def load_kernels_early() -> None:
 
 
 def check_kernels_early() -> None:
-    """``ConfigError`` if nobody decided when this process's CUDA, which has started, loads kernels."""
-    if "CUDA_MODULE_LOADING" not in os.environ:
+    """``ConfigError`` unless this process's CUDA, which has started, was told to; torch may have told it LAZY."""
+    if os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
         raise ConfigError(
-            "CUDA started without CUDA_MODULE_LOADING in the environment, so a kernel is loaded at its first launch: "
-            "with CaS two ranks that load one at once would wait for each other. Set it to EAGER before the process "
+            "CUDA started without CUDA_MODULE_LOADING=EAGER in the environment, so a kernel is loaded at its first "
+            "launch: with CaS two ranks that load one at once would wait for each other. Set it before the process "
             "starts, or use mode was"
         )
 

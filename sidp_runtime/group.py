@@ -88,15 +88,17 @@ class Group:
 
     @classmethod
     def from_env(cls, *, backend: str = "host", name: str = "default", deadline_ms: int | None = None) -> Group:
-        """A group from torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; torchrun or rank 0 holds the store."""
+        """A group from torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; torchrun or rank 0 holds the store.
+
+        Where MASTER_ADDR is 127.0.0.1 or localhost, rank 0's store is for processes of this machine alone.
+        """
         from . import _torch
 
         where = config.rendezvous()
         deadline = config.deadline_ms() if deadline_ms is None else deadline_ms
         is_master = where.rank == 0 and not where.is_served
         store = _torch.connect_store(where.master_addr, where.master_port, deadline, is_master=is_master)
-        name = f"{name}/{where.attempt}"
-        return cls(where.rank, where.world_size, store, backend=backend, name=name, deadline_ms=deadline)
+        return cls(where.rank, where.world_size, store, backend=backend, name=name + where.suffix, deadline_ms=deadline)
 
     def all_gather(self, key: str, payload: bytes) -> list[bytes]:
         """Every rank's payload, by rank. Collective; each key is used once. For set-up, never in a step."""

@@ -70,7 +70,10 @@ ByteView peer_layer(const std::shared_ptr<WeightPool>& pool, LayerIndex layer) {
   return {bytes, pool->placement().layer_bytes(layer), pool, pool->backend().capabilities().device};
 }
 
-std::unique_ptr<OneSided> one_sided(int device) { return std::make_unique<OneSided>(device); }
+std::unique_ptr<OneSided> one_sided(int device) {
+  const py::gil_scoped_release release;
+  return std::make_unique<OneSided>(device);
+}
 void put(const OneSided& puts, std::uintptr_t dst, std::uintptr_t src, ByteCount num_bytes, std::uintptr_t flag,
          std::uintptr_t stream) {
   puts.put(reinterpret_cast<CUstream>(stream), dst, src, num_bytes, flag);
@@ -102,7 +105,7 @@ void bind_graphs(py::module_& m) {
   py::class_<OneSided>(m, "OneSided",
                        "Rows and a flag to another GPU, and the wait for a flag; see backends/nvshmem/one_sided.hpp. "
                        "Addresses are of memory of this GPU or mapped here. Lives as long as graphs made with it.")
-      .def(py::init(&one_sided), py::arg("device"), ReleaseGil())
+      .def(py::init(&one_sided), py::arg("device"))
       .def("put", &put, py::arg("dst"), py::arg("src"), py::arg("num_bytes"), py::arg("flag"), py::arg("stream"),
            ReleaseGil(), "Enqueues a copy and then a 1 in the 32 bits of the flag.")
       .def("wait", &wait, py::arg("flag"), py::arg("stream"), ReleaseGil(),

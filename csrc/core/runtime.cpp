@@ -75,7 +75,8 @@ bool Runtime::close() noexcept {
   if (in_step_ && kind_ != StepKind::kCapture) backend.mark_step_end(stream_);
   end_step_span(/*broken_off=*/true);
   // Lane and service go on until no stream waits for them.
-  if (!backend.wait_step_end(2 * options_.deadline) && channel_) {
+  idle_ = backend.wait_step_end(2 * options_.deadline);
+  if (!idle_ && channel_) {
     channel_->give_up();
     idle_ = backend.wait_step_end(options_.deadline);
   }

@@ -16,12 +16,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm r
 import helpers.vllm_quiet  # noqa: F401 - before the others
 import vllm
 
-from sidp_runtime import Mode, config
+from sidp_runtime import config
 from sidp_runtime.errors import ConfigError, UnsupportedError, UsageError
 from sidp_runtime.integrations.vllm import compat, engine, engine_arguments, register, settings, weights
 from sidp_runtime.integrations.vllm.loader import SidpModelLoader, row_buckets
 from sidp_runtime.integrations.vllm.offloader import PoolOffloader
-from sidp_runtime.integrations.vllm.step import OPERATORS, StepState
+from sidp_runtime.integrations.vllm.step import OPERATORS
 
 
 def configured(additional: Any, extra: Any = None, index: int = 0) -> SimpleNamespace:
@@ -130,63 +130,6 @@ def test_the_backend_is_the_platforms(monkeypatch: pytest.MonkeyPatch, cpu: bool
         compat.check_backend(backend)
 
 
-class Began:
-    """A runtime that only notes in which mode a step begins, and whether it counts."""
-
-    def __init__(self) -> None:
-        self.modes: list[Any] = []
-        self.counted: list[bool] = []
-        self.pool = self._core = self
-
-    def is_local(self, layer: int) -> bool:
-        return False
-
-    def _stream(self, stream: object) -> int:
-        return 0
-
-    def begin_step(self, num_tokens: int, stream: int, kind: Any, mode: Any) -> Any:
-        self.modes.append(mode)
-        return SimpleNamespace(mode=mode)
-
-    def end_step(self, broken_off: bool = False) -> None:
-        self.counted.append(not broken_off)
-
-
-def test_steps_beyond_the_largest_request_are_was_whatever_was_asked_for() -> None:
-    runtime: Any = Began()
-    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS)
-    state.warming_up = False
-    for rows, pin in ((8, None), (9, None), (4, Mode.WAS), (4, None)):
-        state.pin(pin)
-        state.begin(rows)
-        state.end()
-    assert runtime.modes == [Mode.CAS, Mode.WAS, Mode.WAS, Mode.CAS]
-
-
-def test_steps_of_the_warm_up_are_was_and_do_not_count() -> None:
-    runtime: Any = Began()
-    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS)
-    for warming_up in (True, False):
-        state.warming_up = warming_up
-        state.begin(8)
-        state.end()
-    assert runtime.modes == [Mode.WAS, Mode.CAS]
-    assert runtime.counted == [False, True]
-
-
-def test_the_first_step_of_each_size_is_was_where_asked_for() -> None:
-    runtime: Any = Began()
-    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS, first_is_was=True)
-    state.begin(8)  # of the warm-up, where much of a step is left out
-    state.end()
-    state.warming_up = False
-    for rows in (8, 8, 4, 8, 4):
-        state.begin(rows)
-        state.end()
-    assert runtime.modes == [Mode.WAS, Mode.WAS, Mode.CAS, Mode.WAS, Mode.CAS, Mode.CAS]
-    assert runtime.counted == [False, True, True, True, True, True]
-
-
 def test_kernels_are_loaded_early_for_cas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
@@ -197,7 +140,7 @@ def test_kernels_are_loaded_early_for_cas_alone(monkeypatch: pytest.MonkeyPatch)
         assert "CUDA_MODULE_LOADING" not in os.environ
         engine_arguments(mode=mode, backend="nvshmem")
         assert os.environ.get("CUDA_MODULE_LOADING") == expected
-        refused = pytest.raises(ConfigError, match="Set it to EAGER before the process starts")
+        refused = pytest.raises(ConfigError, match="CUDA_MODULE_LOADING=EAGER in the environment")
         with contextlib.nullcontext() if expected else refused:
             config.check_kernels_early()
 

@@ -165,6 +165,6 @@ def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": host, "MASTER_PORT": port, "SIDP_DEADLINE_MS": 20_000}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    store.set("sidp/default/0/token/0", "c" * 32)
+    store.set("sidp/default/token/0", "c" * 32)
     group = sidp.Group.from_env()
     assert (group.rank, group.world_size, group.deadline_ms, group.token) == (1, 2, 20_000, "c" * 32)

@@ -57,8 +57,8 @@ class RankSettings:
 
     ``rank``: None: vLLM's ``data_parallel_index`` where ``AsyncLLM`` or ``serve`` starts the engines, else ``RANK``.
     ``store``: ``host:port`` of the group's store; None: ``MASTER_ADDR`` and ``MASTER_PORT``. ``serve_store``: whether
-    rank 0 holds it. ``token``: see ``Group``. ``setup_ms``: longest wait for another engine to start, compile or load.
-    ``deadline_ms``: longest wait of a step; None: ``SIDP_DEADLINE_MS``.
+    rank 0 holds it, unless torchrun does. ``token``: see ``Group``. ``setup_ms``: longest wait for another engine to
+    start, compile or load. ``deadline_ms``: longest wait of a step; None: ``SIDP_DEADLINE_MS``.
     """
 
     rank: int | None = None
@@ -104,7 +104,7 @@ def read(vllm_config: Any) -> Settings:
     if where is not None and own.store is None:
         host, port = where.master_addr, where.master_port
         own = dataclasses.replace(
-            own, serve_store=own.serve_store and not where.is_served, name=f"{own.name}/{where.attempt}"
+            own, serve_store=own.serve_store and not where.is_served, name=own.name + where.suffix
         )
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of 0 to {world_size - 1}", rank=rank)

@@ -50,7 +50,7 @@ class StepState:
         self._untried = set(range(1, max_rows + 1)) if first_is_was else set()
 
     def pin(self, mode: Mode | None) -> None:
-        """From the next step on this mode where a step's rows allow it, or again as configured (None)."""
+        """From the next step on this mode where a step may have it, or again as configured (None)."""
         self.pinned = self._configured if mode is None else mode
 
     # --- Steps --------------------------------------------------------------------------------------------------------
@@ -61,9 +61,12 @@ class StepState:
             self._in_step = False
             self.runtime.end_step(broken_off=True)
         mode = self.pinned
-        if self.warming_up or rows in self._untried or (mode == Mode.CAS and rows > self._max_rows):
+        first = rows in self._untried and not self.warming_up
+        if first and mode != Mode.WAS:
+            torch.cuda.current_stream().synchronize()  # vLLM runs ahead: of steps that wait for answers
+        if self.warming_up or first or (mode == Mode.CAS and rows > self._max_rows):
             mode = Mode.WAS
-        if not self.warming_up:
+        if first:
             self._untried.discard(rows)
         step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
         self._in_step, self._is_cas = True, step.mode == Mode.CAS
