@@ -17,6 +17,7 @@ import torch
 
 import sidp_runtime as sidp
 from sidp_runtime import _torch
+from sidp_runtime._torch_gpu import HEAT_S, HEAVY_ROWS, stream_seconds
 
 from .clocks import MISSING, sm_clock_mhz
 from .harness import OWN, Bar, Figure
@@ -25,7 +26,6 @@ from .shapes import Shape
 SPIN_CYCLES = 6_000_000  # about 3 ms of one SM: longer than it takes to queue what is timed
 DEADLINE_MS = 30_000
 STORE_MS = 60_000  # ranks wait for each other's captures
-HEAVY_ROWS = 256  # from here on a step's products, not the reading of weights, take its time, and the GPU's power
 MOST_STEPS = 30  # in a sample
 
 
@@ -295,17 +295,11 @@ class RankContext:
         self, call: Callable[[], object], iterations: int, *, spin: bool = False, warm: int = 1
     ) -> float:
         """``time`` on a GPU without waiting first for what other streams do."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         if spin:
             torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
         for _ in range(warm):
             call()
-        begin.record()
-        for _ in range(iterations):
-            call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / iterations
+        return stream_seconds(call, iterations)
 
     def sampled(
         self, call: Callable[[], object], sample_s: float, *, most: int = 300, spin: bool = False, warm: int = 1
@@ -322,7 +316,7 @@ class RankContext:
         the clock that it brings about itself, not at the one that the subject before it has left.
         """
         heavy = self.on_gpu and rows >= HEAVY_ROWS
-        ahead_s = 0.5 if heavy else 0.05
+        ahead_s = HEAT_S if heavy else 0.05
         return Pace(0.05 if self.quick else 0.25 if heavy else 0.12, ahead_s if self.on_gpu else 0.0)
 
     def steps(self, make: Callable[[], Callable[[], object]], pace: Pace) -> Subject:

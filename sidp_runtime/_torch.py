@@ -101,8 +101,8 @@ def copy_bytes(view: _C.ByteView, source: memoryview) -> None:
 
 def make_store_server() -> tuple[Store, str, int]:
     """A store in this process for this machine's processes, its host and its port."""
-    host, listener = "127.0.0.1", socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
+    listener = socket.create_server(("127.0.0.1", 0))
+    host, port = listener.getsockname()
     return _tcp_store(host, port, is_master=True, master_listen_fd=listener.detach()), host, port
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from . import _torch, machine_profile
+from . import _torch, _torch_gpu, machine_profile
 from ._C import Mode
 from .errors import SidpError, UnhelpfulWarning
 from .group import Group
@@ -34,8 +34,6 @@ _SMALL = 64  # columns of the layers that copies and requests of no size are mea
 _SMALL_LAYERS = 16
 _SAMPLE_S = 0.05
 _SAMPLES = 5
-_HEAVY_ROWS = 256  # from here on products take a GPU to its power limit, and its clock follows
-_HEAT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -157,10 +155,6 @@ class _Rank:
         self.meetings += 1
         return [answer.decode() for answer in self.group.all_gather(f"calibration {self.meetings}", word.encode())]
 
-    def _synchronize(self) -> None:
-        if self.device is not None:
-            torch.cuda.synchronize(self.device)
-
     def _seconds(self, call: Callable[[], object], rows: int = 1) -> float:
         """Of a call: median of samples of many calls each, every rank at the same time."""
 
@@ -170,23 +164,17 @@ class _Rank:
                 for _ in range(count):
                     call()
                 return (time.perf_counter() - start) / count
-            # By events behind a call that does not count: to wait for the device would count the copies ahead too.
-            self._synchronize()
+            # Behind a call that does not count; to wait for the device at the end would count the copies ahead too.
+            _torch_gpu.synchronize(self.device)
             call()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            for _ in range(count):
-                call()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1e3 / count
+            return _torch_gpu.stream_seconds(call, count)
 
         sample(1)
         # The same on all ranks, as one may need the other's answers
         once = max(map(float, self._gather(str(sample(1)))))
         count = max(1, min(200, int(_SAMPLE_S / max(once, 1e-9))))
-        if self.device is not None and rows >= _HEAVY_ROWS:  # the clock follows the power over tenths of a second
-            sample(max(1, int(_HEAT_S / max(once, 1e-9))))
+        if self.device is not None and rows >= _torch_gpu.HEAVY_ROWS:
+            sample(max(1, int(_torch_gpu.HEAT_S / max(once, 1e-9))))
         self._meet()  # long calls: fewer samples
         found = statistics.median(sample(count) for _ in range(_SAMPLES if once < _SAMPLE_S else 2))
         self._meet()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .weight_pool import WeightPool
 
 _LINK_BYTES = 256 << 20
+HEAVY_ROWS = 256  # from here on products, not the reading of weights, take a step's time, and the GPU's power
+HEAT_S = 0.5  # of such work ahead of what is timed: the clock follows the power over tenths of a second
 
 
 def use_device(ordinal: int | None) -> int:
@@ -232,14 +234,17 @@ def _launch_and_seen_us(rounds: int = 200) -> float:
     return statistics.median(taken)
 
 
-def _fastest(call: Callable[[], object], repeats: int = 7) -> float:
-    """Seconds of the fastest of some calls, by events on the current stream."""
-    best = float("inf")
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+def stream_seconds(call: Callable[[], object], count: int = 1) -> float:
+    """Of one of ``count`` calls, by events on the current stream: what other streams do meanwhile does not count."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(count):
         call()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / count
+
+
+def _fastest(call: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls."""
+    return min(stream_seconds(call) for _ in range(repeats))

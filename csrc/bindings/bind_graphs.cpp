@@ -18,13 +18,6 @@ namespace {
   throw Error(ErrorCode::kUnsupported, "this needs the nvshmem backend");
 }
 
-#ifndef SIDP_HAS_NVSHMEM
-struct OneSided {  // never made
-  void release() const {}
-  [[nodiscard]] bool failed() const { return false; }
-};
-#endif
-
 #ifdef SIDP_HAS_NVSHMEM
 
 using nvshmem::OneSided;
@@ -84,6 +77,10 @@ void wait(const OneSided& puts, std::uintptr_t flag, std::uintptr_t stream) {
 
 #else
 
+struct OneSided {  // never made
+  void release() const {}
+  [[nodiscard]] bool failed() const { return false; }
+};
 std::unique_ptr<OneSided> one_sided(int) { not_here(); }
 void put(const OneSided&, std::uintptr_t, std::uintptr_t, ByteCount, std::uintptr_t, std::uintptr_t) { not_here(); }
 void wait(const OneSided&, std::uintptr_t, std::uintptr_t) { not_here(); }

@@ -19,8 +19,9 @@ import torch
 import bench.clocks
 import bench.rank
 from bench.cases import ring_depth, scale_steps, step_boundary, step_time
-from bench.rank import HEAVY_ROWS, Pace, RankContext, Sample, Samples
+from bench.rank import Pace, RankContext, Sample, Samples
 from bench.shapes import SHAPES
+from sidp_runtime._torch_gpu import HEAVY_ROWS
 
 Log = list[tuple[str, int]]  # subject, calls
 

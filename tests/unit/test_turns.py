@@ -12,8 +12,6 @@ from sidp_runtime import Mode
 from sidp_runtime.integrations import pooled_modules
 from sidp_runtime.integrations.vllm import step as vllm_step
 
-pytestmark = pytest.mark.unit
-
 LOCAL = [True, False, False, True]
 
 

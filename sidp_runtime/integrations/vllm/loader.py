@@ -71,7 +71,8 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         compat.check_settings(vllm_config)
         chosen = self._settings = settings.read(vllm_config)
         compat.check_backend(chosen.pool.backend)
-        if chosen.pool.backend != "host" and chosen.pool.mode != "was":
+        on_gpu = chosen.pool.backend != "host"
+        if on_gpu and chosen.pool.mode != "was":
             environment.check_kernels_early()
         compat.check_worker(vllm_config)
         compat.split_graphs_at(vllm_config, OPERATORS)
@@ -94,7 +95,6 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             raise
         finally:
             self._offloader = None
-        on_gpu = chosen.pool.backend != "host"
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
         install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
