@@ -8,6 +8,17 @@
 
 namespace sidp {
 
+namespace {
+
+ActivationChannel::Requests requests_of(StepKind kind, Mode mode) {
+  using Requests = ActivationChannel::Requests;
+  if (mode != Mode::kCas) return Requests::kNone;
+  if (kind == StepKind::kRun) return Requests::kOneByOne;
+  return kind == StepKind::kCapture ? Requests::kCaptured : Requests::kReplayed;
+}
+
+}  // namespace
+
 // One load where no trace runs.
 inline Tracer::Session Runtime::trace_session() const {
   const Tracer::Session session = tracer_.session();
@@ -160,6 +171,7 @@ Decision Runtime::begin_step(Stream stream, std::int64_t num_tokens, StepKind ki
   decision_ = preview(num_tokens);
   if (mode) decision_ = {.mode = *mode, .reason = Reason::kFixed, .num_tokens = num_tokens};
   if (kind != StepKind::kCapture) pool_->backend().follow_step_end(stream);
+  if (channel_) channel_->begin_step(requests_of(kind, decision_.mode));
   kind_ = kind;
   stream_ = stream;
   launched_ = false;

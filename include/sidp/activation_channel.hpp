@@ -119,13 +119,18 @@ struct ChannelOptions {
 // Both sides of CaS on one rank. Every backend's channel keeps this contract.
 class ActivationChannel {
  public:
+  // How the requests of a step reach its stream: as they are made, or in a graph.
+  enum class Requests : std::uint8_t { kNone, kOneByOne, kCaptured, kReplayed };
+
   virtual ~ActivationChannel() = default;  // stops
   // Begins to answer the other ranks.
   virtual void start() = 0;
   // Answers nobody from now on. The request in work is finished; false if that took too long: it may still touch the
   // memory of pool and mailbox.
   virtual bool stop() noexcept = 0;
-  // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws.
+  virtual void begin_step(Requests) {}
+  // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws. It
+  // may wait for answers to earlier requests: see csrc/DESIGN.md, "Launch queues".
   // local_next: a local layer comes next, so with the answer this rank's turn begins.
   virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                        bool local_next) = 0;

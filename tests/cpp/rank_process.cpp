@@ -145,6 +145,8 @@ class RankProcess {
       workload.step(runtime, {}, random);
       gpu_->wait();
       mark("answered");
+    } else if (what == "ahead") {
+      run_ahead(runtime);
     } else if (what == "trace_room") {
       check_trace_room(runtime, workload);
     } else if (what == "stuck_get") {  // the copy into a slot that is released while gets no longer arrive
@@ -248,6 +250,36 @@ class RankProcess {
     await("end");
     if (how != "ended") runtime.end_step(/*broken_off=*/true);
     gpu_->wait();
+  }
+
+  // Requests one after the other, each of a layer that is asked for and of `local` layers in front of it.
+  void run_ahead(Runtime& runtime) {
+    const Stream stream = gpu_->hooks().stream;
+    const Op& op = runtime.mailbox()->ops()[0];
+    LayerIndex remote = 0, local = 0;
+    while (runtime.pool().is_local(remote)) ++remote;
+    while (!runtime.pool().is_local(local)) ++local;
+    std::vector<std::byte> x(op.in_row_bytes), y(op.out_row_bytes);
+    std::int64_t unanswered = 0;
+    const auto answered = [&] {
+      std::int64_t count = 0;
+      for (const auto n : runtime.stats().requester.requests_by_peer) count += static_cast<std::int64_t>(n);
+      return count;
+    };
+    runtime.begin_step(stream, 1);
+    for (std::int64_t asked = 1; asked <= 12; ++asked) {
+      for (std::int64_t i = 0; i < number("local", 0); ++i) {
+        (void)runtime.fetch_layer(stream, local);
+        runtime.release_layer(stream, local);
+      }
+      runtime.remote_compute(stream, remote, 0, x.data(), 1, y.data());
+      unanswered = std::max(unanswered, asked - answered());
+    }
+    runtime.end_step(/*broken_off=*/false);
+    note("unanswered", unanswered);
+    runtime.begin_step(stream, 1, StepKind::kRun, Mode::kWas);
+    note("unanswered_before_was", 12 - answered());
+    runtime.end_step(/*broken_off=*/true);
   }
 
   // Pools one after the other on a device where others take memory and give it back in between.

@@ -97,6 +97,21 @@ TEST(GpuBackend, RequestsWaitForTheOwnersTurn) {
   }
 }
 
+// A thread that blocks in a launch, because the queue is full, may keep the service from launching what empties it.
+TEST(GpuBackend, AThreadWaitsBeforeItHasQueuedTooMuchBehindARequest) {
+  for (const auto& [local, unanswered] : {std::pair{"0", 4}, {"1", 2}, {"4", 1}}) {
+    SCOPED_TRACE(std::string(local) + " local layers between requests");
+    RankGroup group(2, gpu({"mode=cas", "service_delay_us=5000", "linger=1"}));
+    group.start(0, {"do=ahead", std::string("local=") + local});
+    group.start(1, {"steps=0"});
+    group.wait_for_mark(0, "waiting");
+    group.set_mark("stop");
+    expect_all_finish(group, 2);
+    EXPECT_EQ(number(group.result(0), "unanswered"), unanswered);
+    EXPECT_EQ(number(group.result(0), "unanswered_before_was"), 0);
+  }
+}
+
 TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
   for (const std::string mode : {"was", "cas"}) {
     SCOPED_TRACE("mode " + mode);
@@ -241,7 +256,8 @@ TEST(GpuBackend, OwnerWhoseDeviceHangsCostsOneDeadline) {
 
 // Neither service can launch while the engines hold their contexts and wait for the other's answer.
 TEST(GpuBackend, HeldContextsEndAtTheDeadline) {
-  RankGroup group(2, gpu({"mode=cas", "do=hold_context", "deadline_ms=400", "op_delay_ms=5"}));
+  RankGroup group(2,
+                  gpu({"mode=cas", "do=hold_context", "deadline_ms=400", "op_delay_ms=5", "setup_deadline_ms=2000"}));
   group.start_all();
   for (Rank rank = 0; rank < 2; ++rank) {
     const int status = group.wait(rank);

@@ -70,7 +70,8 @@ class Check {
     kCountsHost = 192,
     kTurn = 256,
     kLaunched = 264,
-    kServedHost = 272
+    kServedHost = 272,
+    kAnsweredHost = 280
   };
 
   [[nodiscard]] std::uint32_t word(ByteCount at) const { return words_.word<std::uint32_t>(at).load(); }
@@ -177,6 +178,8 @@ class Check {
                    .counts_host = words_.at(kCountsHost),
                    .failed_host = words_.at(kFailed),
                    .finished = finished_take_.at(0),
+                   .number = ++number_,
+                   .answered_host = words_.at(kAnsweredHost),
                    .turn = turn ? turn_words() : Kernels::TurnWords{}});
     expected_[0] += 1, expected_[1] += rows, expected_[2] += bytes;
   }
@@ -191,6 +194,7 @@ class Check {
       require(words_.word<std::uint64_t>(kCountsHost + i * 8).load() == expected_[i] &&
                   staging.word<std::uint64_t>(i * 8).load() == expected_[i],
               what + ": wrong counts");
+    require(words_.word<std::uint64_t>(kAnsweredHost).load() == number_, what + ": wrong number of the answer");
     expect_finished(what);
   }
 
@@ -364,6 +368,7 @@ class Check {
   DeviceBuffer served_{device_, 8, "words"};
   DeviceBuffer flag_{device_, 4, "words"};
   std::uint64_t expected_[3] = {};
+  std::uint64_t number_ = 0;  // of the last answer
   std::uint32_t seed_ = 0;
 };
 

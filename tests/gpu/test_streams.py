@@ -78,10 +78,14 @@ def test_all_ask_all_while_all_compute(world_size: int) -> None:
 
 
 def full_launch_queue(context: RankContext) -> None:
-    """Each rank's stream waits for the other's answer with more launches behind it than the driver takes at once."""
-    launches = 3000
+    """Steps of more launches than the driver takes at once, by ranks that wait for each other's answers meanwhile.
+
+    3000 launches behind a request hung both, until the deadline.
+    """
+    launches = 150
+    model = SyntheticModel(num_layers=40)
     with open_replica(
-        context, mode="cas", backend="nvshmem", runtime_deadline_ms=8000, test_service_delay_us=100_000
+        context, model, mode="cas", backend="nvshmem", runtime_deadline_ms=8000, test_service_delay_us=30_000
     ) as replica:
         x, results = replica.rows(2), []
         small = torch.zeros(64, device=replica.device)

@@ -75,10 +75,15 @@ void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount b
 
 void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
   TakeWords w = words;
-  void* arguments[] = {
-      &dst,          &src,      &bytes,         &w.flag,        &w.device_flag, &w.request,   &w.sent_rows,
-      &w.sent_bytes, &w.counts, &w.counts_host, &w.failed_host, &w.finished,    &w.turn.turn, &w.turn.launched_host,
-      &w.turn.served};
+  void* arguments[] = {&dst,           &src,
+                       &bytes,         &w.flag,
+                       &w.device_flag, &w.request,
+                       &w.sent_rows,   &w.sent_bytes,
+                       &w.counts,      &w.counts_host,
+                       &w.failed_host, &w.finished,
+                       &w.turn.turn,   &w.turn.launched_host,
+                       &w.turn.served, &w.answered_host,
+                       &w.number};
   launch(functions_.take, blocks_for(bytes), kThreads, stream, arguments, "sidp_take");
 }
 

@@ -1,6 +1,7 @@
 // The kernels of the activation channel. What follows the copy is done by the last block to finish. Words in host
-// memory are a microsecond away, and a fence that follows a store to one waits for it: so few accesses, and no fence that
-// the end of the kernel makes superfluous. (A take whose blocks all read the flag with acquire took 33 us instead of 4.)
+// memory are a microsecond away, and a fence that follows a store to one waits for it: so few accesses, and no fence
+// that the end of the kernel makes superfluous. (A take whose blocks all read the flag with acquire took 33 us instead
+// of 4.)
 #include <cstdint>
 
 namespace {
@@ -109,7 +110,8 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
 
 // Waits for an answer's flag on the device, or for the host's release (the other word): then failed_host says so. One
 // thread, as it holds its place on a multiprocessor while others compute. The fence makes the relaxed load an acquire
-// (PTX memory model), and the end of the kernel hands that on to what follows. reset: whether the flag is set to 0 here.
+// (PTX memory model), and the end of the kernel hands that on to what follows. reset: whether the flag is set to 0
+// here.
 extern "C" __global__ void sidp_await(std::uint32_t* flag, const std::uint32_t* released, std::uint64_t* failed_host,
                                       unsigned reset) {
   wait_for_predecessor();
@@ -132,16 +134,17 @@ extern "C" __global__ void sidp_turn(std::uint64_t* turn, const std::uint64_t* l
   wait_for_services(load(launched_host), launched_host, served);
 }
 
-// Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or 2,
-// no answer: then the copy is of no use, and failed_host says so. Or it was sidp_await that waited, for device_flag, and
-// said so. request: the requester's word at the owner, set back to 0. sent_rows, sent_bytes: of the request, for the
-// counts, which are kept on the device and copied to the host. turn: the engine's, which it takes here because a layer of
-// its own comes next (or null).
+// Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or
+// 2, no answer: then the copy is of no use, and failed_host says so. Or it was sidp_await that waited, for device_flag,
+// and said so. request: the requester's word at the owner, set back to 0. sent_rows, sent_bytes: of the request, for
+// the counts, which are kept on the device and copied to the host. turn: the engine's, which it takes here because a
+// layer of its own comes next (or null). number: of the answer, which answered_host (or null) is set to.
 extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
-                                     std::uint32_t* device_flag, std::uint32_t* request, std::uint64_t sent_rows, std::uint64_t sent_bytes,
-                                     Counts* counts, Counts* counts_host, std::uint64_t* failed_host,
-                                     unsigned* finished, std::uint64_t* turn, const std::uint64_t* launched_host,
-                                     const std::uint64_t* served) {
+                                     std::uint32_t* device_flag, std::uint32_t* request, std::uint64_t sent_rows,
+                                     std::uint64_t sent_bytes, Counts* counts, Counts* counts_host,
+                                     std::uint64_t* failed_host, unsigned* finished, std::uint64_t* turn,
+                                     const std::uint64_t* launched_host, const std::uint64_t* served,
+                                     std::uint64_t* answered_host, std::uint64_t number) {
   wait_for_predecessor();
   const bool looks = blockIdx.x == 0 && threadIdx.x == 0;
   if (looks && turn != nullptr) store(turn, 1);
@@ -158,6 +161,7 @@ extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t b
     store(&counts_host->rows, now.rows);
     store(&counts_host->bytes, now.bytes);
     store(&counts_host->answers, now.answers);
+    if (answered_host != nullptr) store(answered_host, number);
   }
   if (looks && turn != nullptr) wait_for_services(launched, launched_host, served);
 }

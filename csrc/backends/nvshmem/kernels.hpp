@@ -37,16 +37,18 @@ class Kernels {
   void turn(CUstream stream, const TurnWords& words) const;
 
   struct TakeWords {
-    CUdeviceptr flag;          // of the answer or the host's release, in host memory
-    CUdeviceptr device_flag;   // of the answer, which await() has seen; or 0: it is in `flag`
-    CUdeviceptr request;       // the requester's word at the owner, in host memory
-    std::uint64_t sent_rows;   // of the request, for the counts
-    std::uint64_t sent_bytes;  // likewise
-    CUdeviceptr counts;        // on the device: answers, rows sent, bytes sent, 64 bits each
-    CUdeviceptr counts_host;   // the same for the host
-    CUdeviceptr failed_host;   // set when there was no answer
-    CUdeviceptr finished;      // as for put
-    TurnWords turn = {};       // begun here, or all 0
+    CUdeviceptr flag;           // of the answer or the host's release, in host memory
+    CUdeviceptr device_flag;    // of the answer, which await() has seen; or 0: it is in `flag`
+    CUdeviceptr request;        // the requester's word at the owner, in host memory
+    std::uint64_t sent_rows;    // of the request, for the counts
+    std::uint64_t sent_bytes;   // likewise
+    CUdeviceptr counts;         // on the device: answers, rows sent, bytes sent, 64 bits each
+    CUdeviceptr counts_host;    // the same for the host
+    CUdeviceptr failed_host;    // set when there was no answer
+    CUdeviceptr finished;       // as for put
+    std::uint64_t number;       // of the answer, for the host:
+    CUdeviceptr answered_host;  // where it is stored, or 0
+    TurnWords turn = {};        // begun here, or all 0
   };
   // Copies the rows of an answer out of its slot and frees the slot. Without an answer the copied bytes mean nothing.
   void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const;

@@ -55,6 +55,7 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       watches_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
       stand_ins_(static_cast<std::size_t>(world_size_)),
+      run_ahead_(host_, index(HostWord::kAnswered), options_.deadline),
       deferred_since_(static_cast<std::size_t>(world_size_)),
       served_by_peer_(static_cast<std::size_t>(world_size_)) {
   if (pool.placement().num_layers() > Request::kMaxLayers || mailbox.ops().size() > Request::kMaxOps ||
@@ -138,7 +139,13 @@ Kernels::TurnWords StreamChannel::turn_words() const {
           .served = served_word()};
 }
 
+void StreamChannel::begin_step(Requests requests) {
+  one_by_one_ = requests == Requests::kOneByOne;
+  if (!one_by_one_ && requests != Requests::kCaptured) run_ahead_.settle();
+}
+
 void StreamChannel::begin_turn(Stream stream) {
+  if (one_by_one_) run_ahead_.begin_layer();
   if (in_turn_) return;
   const ContextScope scope(*device_);
   kernels_.turn(static_cast<CUstream>(stream.handle), turn_words());
@@ -162,6 +169,7 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   const auto peer = static_cast<std::size_t>(owner);
   const auto world = static_cast<std::size_t>(world_size_);
   const ByteCount in_bytes = static_cast<ByteCount>(rows) * entry.in_row_bytes;
+  if (one_by_one_) run_ahead_.begin_layer();
   const ContextScope scope(*device_);
   auto* const on = static_cast<CUstream>(stream.handle);
   const CUdeviceptr reply = memory_.reply(rank_, owner).device;
@@ -189,7 +197,10 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                  .counts_host = host_.on_device(answers_index(owner)),
                  .failed_host = host_.on_device(index(HostWord::kFailed)),
                  .finished = local_word(2 * world + peer),
+                 .number = run_ahead_.number(),
+                 .answered_host = one_by_one_ ? host_.on_device(index(HostWord::kAnswered)) : 0,
                  .turn = local_next ? turn_words() : Kernels::TurnWords{}});
+  if (one_by_one_) run_ahead_.requested();
   in_turn_ = local_next;
 }
 
@@ -347,6 +358,7 @@ RequesterStats StreamChannel::requester_stats() const {
     stats.rows_sent += host_.load(answers_index(owner) + 1);
     stats.bytes_sent += host_.load(answers_index(owner) + 2);
   }
+  stats.wait_ns = run_ahead_.waited_ns();
   stats.fallbacks = stood_in_.load(std::memory_order_relaxed);
   return stats;
 }

@@ -17,6 +17,7 @@
 
 #include "graph_op.hpp"
 #include "kernels.hpp"
+#include "run_ahead.hpp"
 #include "sidp/activation_channel.hpp"
 #include "sidp/error.hpp"
 
@@ -64,6 +65,7 @@ class StreamChannel final : public ActivationChannel {
 
   void start() override;
   bool stop() noexcept override;
+  void begin_step(Requests requests) override;
   void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                bool local_next) override;
   void begin_turn(Stream stream) override;
@@ -85,7 +87,7 @@ class StreamChannel final : public ActivationChannel {
  private:
   static constexpr std::size_t kCounts = 4;  // words by owner: answers, rows, bytes, and one unused for alignment
   // Host words after those of all owners.
-  enum class HostWord : std::uint8_t { kFailed, kTurn, kLaunched, kServed, kNumWords };
+  enum class HostWord : std::uint8_t { kFailed, kTurn, kLaunched, kServed, kAnswered, kNumWords };
 
   // What the watchdog knows of the own request at an owner.
   struct Watch {
@@ -148,6 +150,8 @@ class StreamChannel final : public ActivationChannel {
   std::vector<std::atomic<bool>> gave_up_;
   std::vector<std::atomic<std::uint32_t>> stand_ins_;             // by owner: request word to answer in its place, or 0
   bool in_turn_ = false;                                          // what is enqueued now; the engine's thread
+  bool one_by_one_ = false;                                       // the step's requests; likewise
+  RunAhead run_ahead_;                                            // likewise
   std::uint64_t launched_ = 0;                                    // answers; the service's thread
   std::vector<std::optional<Clock::time_point>> deferred_since_;  // by requester; the service's thread
   ServiceTime service_time_;                                      // the service's thread

@@ -75,11 +75,12 @@ inline Work take(void** a) {
   const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
              device_flag = argument<CUdeviceptr>(a, 4), request = argument<CUdeviceptr>(a, 5),
              counts = argument<CUdeviceptr>(a, 8), counts_host = argument<CUdeviceptr>(a, 9),
-             failed_host = argument<CUdeviceptr>(a, 10), begins = argument<CUdeviceptr>(a, 12);
+             failed_host = argument<CUdeviceptr>(a, 10), begins = argument<CUdeviceptr>(a, 12),
+             answered_host = argument<CUdeviceptr>(a, 15);
   const Work turn_begins =
       begins == 0 ? Work() : turn(begins, argument<CUdeviceptr>(a, 13), argument<CUdeviceptr>(a, 14));
   const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 6),
-             sent = argument<std::uint64_t>(a, 7);
+             sent = argument<std::uint64_t>(a, 7), number = argument<std::uint64_t>(a, 16);
   return [=] {
     const bool failed = device_flag == 0 && atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
     std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
@@ -92,6 +93,7 @@ inline Work take(void** a) {
       auto* const count = reinterpret_cast<std::uint64_t*>(counts) + i;
       atomic<std::uint64_t>(counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
     }
+    if (answered_host != 0) atomic<std::uint64_t>(answered_host).store(number);
     if (turn_begins) turn_begins();
   };
 }

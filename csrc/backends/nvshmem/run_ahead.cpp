@@ -1,0 +1,43 @@
+#include "run_ahead.hpp"
+
+#include <chrono>
+#include <thread>
+
+namespace sidp::nvshmem {
+
+namespace {
+
+// An answer comes within a layer's time; after that the thread naps.
+constexpr std::chrono::milliseconds kSpin{5};
+constexpr std::chrono::microseconds kNap{20};
+
+}  // namespace
+
+void RunAhead::begin_layer() {
+  ++layer_;
+  std::uint64_t due = 0;
+  for (; !unanswered_.empty() && unanswered_.front() + kLayers <= layer_; unanswered_.pop_front())
+    due = unanswered_.front();
+  wait_for(due);
+}
+
+void RunAhead::settle() {
+  if (unanswered_.empty()) return;
+  wait_for(unanswered_.back());
+  unanswered_.clear();
+}
+
+void RunAhead::wait_for(std::uint64_t number) {
+  if (host_.load(word_) >= number) return;
+  const auto start = Clock::now();
+  auto now = start;
+  for (; host_.load(word_) < number && now - start < deadline_; now = Clock::now())
+    if (now - start < kSpin)
+      __builtin_ia32_pause();
+    else
+      std::this_thread::sleep_for(kNap);
+  waited_ns_ += static_cast<std::uint64_t>(std::chrono::nanoseconds(now - start).count());
+  if (host_.load(word_) < number) unanswered_.clear();  // or each layer to come would wait as long
+}
+
+}  // namespace sidp::nvshmem
