@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,28 +118,30 @@ class Replica:
 
         return replay
 
+    @cached_property
     def local_layers(self) -> list[Weights]:
-        """As many layers as the shape has, all here: the own ones, each ``world_size`` times. They exceed any cache."""
-        own = [self.pool.layer_view(i) for i in self.pool.local_layers]
-        return [own[i // self.context.world_size % len(own)] for i in range(self.shape.layers)]
+        """All layers of the shape, here: the own ones and copies of the others, so that products have equal values."""
+        return [self.pool.layer_view(i) if self.pool.is_local(i) else self._copy(i) for i in range(self.shape.layers)]
+
+    def _copy(self, layer: int) -> Weights:
+        dtype, device = dtype_of(self.shape.dtype), self.context.device
+        tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, size in self.shape.tensors.items()}
+        fill(self.shape, layer, tensors)
+        return tensors
 
     def all_local(self, x: torch.Tensor) -> torch.Tensor:
         """Plain data parallelism: the same products without pool and runtime."""
-        for weights in self.local_layers():
+        for weights in self.local_layers:
             x = next_rows(self.shape, *block(weights, x))
         return x
 
     def verify(self) -> None:
         """Fetches every streamed layer once and asks its owner once; ``WrongDataError`` if a byte or result is off."""
-        reference = {
-            name: torch.empty(size, dtype=dtype_of(self.shape.dtype), device=self.context.device)
-            for name, size in self.shape.tensors.items()
-        }
         wrong: list[Any] = []
         with self.step(1, Mode.WAS):
             for layer in self.streamed:
                 tensors = self.runtime.fetch_layer(layer)
-                fill(self.shape, layer, reference)
+                reference = self._copy(layer)
                 wrong += [(layer, name) for name in tensors if not torch.equal(tensors[name], reference[name])]
                 self.runtime.release_layer(layer)
         if wrong:

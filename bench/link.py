@@ -17,12 +17,16 @@ from .rank import RankContext, WrongDataError
 
 @dataclass
 class Link:
-    """``own``: this rank's bytes; ``remote[r]``: those of rank r as mapped here; ``landing``: local, twice as many."""
+    """``own``: this rank's bytes; ``remote[r]``: those of rank r as mapped here; ``landing``: local, twice as many.
+
+    ``remote_landing[r]``: on GPUs, as many bytes of rank r for others to write.
+    """
 
     context: RankContext
     own: torch.Tensor
     remote: dict[int, torch.Tensor]
     landing: torch.Tensor
+    remote_landing: dict[int, torch.Tensor]
 
     def expected(self, owner: int, num_bytes: int) -> torch.Tensor:
         """What rank ``owner`` holds."""
@@ -32,7 +36,10 @@ class Link:
     def verify(self, owner: int, num_bytes: int, offset: int = 0) -> None:
         """``WrongDataError`` unless the landing holds the owner's bytes; then it is cleared for the next subject."""
         self.context.synchronize()
-        landed = self.landing[offset : offset + num_bytes]
+        self.verify_landed(self.landing[offset : offset + num_bytes], owner)
+
+    def verify_landed(self, landed: torch.Tensor, owner: int) -> None:
+        num_bytes = landed.numel()
         right = torch.equal(landed, self.expected(owner, num_bytes))
         landed.zero_()
         self.context.synchronize()
@@ -46,19 +53,24 @@ def open_link(context: RankContext, num_bytes: int) -> Iterator[Link]:
     landing = torch.zeros(2 * num_bytes, dtype=torch.uint8, device=context.device)
     if not context.on_gpu:
         own, remote = _map_files(context, num_bytes)
-        link = Link(context, own, remote, landing)
+        link = Link(context, own, remote, landing, {})
         own.copy_(link.expected(context.rank, num_bytes))
         context.meet()
         yield link
         context.meet()
         return
-    layers = [LayerSpec(f"rank{r}", (TensorSpec("bytes", (num_bytes,), "uint8"),)) for r in range(context.world_size)]
+    world = context.world_size
+    bytes_of_one = (TensorSpec("bytes", (num_bytes,), "uint8"),)
+    layers = [LayerSpec(f"rank{r}.{what}", bytes_of_one) for what in ("own", "landing") for r in range(world)]
     placement = Placement.by_layer([layer.num_bytes for layer in layers], context.world_size, ring_slots=1)
     with WeightPool(context.group, layers, placement) as pool:
         own = pool.layer_view(context.rank)["bytes"]
-        others = [r for r in range(context.world_size) if r != context.rank]
+        owned = [pool.placement.owner(layer) for layer in range(2 * world)]
+        assert owned == [*range(world), *range(world)], owned
+        others = [r for r in range(world) if r != context.rank]
         remote = {r: from_dlpack(_C.peer_layer(pool.core, r)) for r in others}
-        link = Link(context, own, remote, landing)
+        landings = {r: from_dlpack(_C.peer_layer(pool.core, world + r)) for r in others}
+        link = Link(context, own, remote, landing, landings)
         own.copy_(link.expected(context.rank, num_bytes))
         pool.publish()
         yield link

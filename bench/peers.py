@@ -2,6 +2,7 @@
 
 Each maker takes (context, link, owner, num_bytes) and gives a call that enqueues one transfer of ``num_bytes`` from the
 owner into ``link.landing``, or raises ``Unavailable``. Collectives are called by all ranks, copies by the puller alone.
+Those of WRITES are called by the owner, with the puller in its place, and end in ``link.remote_landing``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ def memcpy_async(context: RankContext, link: Link, owner: int, num_bytes: int) -
     runtime = _module("cuda.bindings.runtime", "cuda-bindings")
     kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     dst, src, stream = link.landing.data_ptr(), link.remote[owner].data_ptr(), current_stream()
+    return lambda: checked(runtime.cudaMemcpyAsync(dst, src, num_bytes, kind, stream))
+
+
+def memcpy_write(context: RankContext, link: Link, puller: int, num_bytes: int) -> Call:
+    runtime = _module("cuda.bindings.runtime", "cuda-bindings")
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    dst, src, stream = link.remote_landing[puller].data_ptr(), link.own.data_ptr(), current_stream()
     return lambda: checked(runtime.cudaMemcpyAsync(dst, src, num_bytes, kind, stream))
 
 
@@ -141,6 +149,7 @@ def process_group(context: RankContext) -> None:
 COPIES: dict[str, dict[str, Maker]] = {
     "nvshmem": {
         "cudaMemcpyAsync": memcpy_async,
+        "cudaMemcpyAsync_write": memcpy_write,
         "cudaMemcpyBatchAsync": memcpy_batch,
         "nvshmemx_getmem_on_stream": nvshmem_get,
         "load_store_kernel": kernel,
@@ -159,15 +168,33 @@ COLLECTIVES: dict[str, dict[str, Maker]] = {
 }
 
 GATHERS = {"nccl_all_gather", "gloo_all_gather"}
-RAW = {"nvshmem": "cudaMemcpyAsync", "host": "memcpy"}  # the hardware's limit
+RAW = {"nvshmem": "cudaMemcpyAsync_write", "host": "memcpy"}  # the hardware's limit
+READ = {"nvshmem": "cudaMemcpyAsync", "host": "memcpy"}
+WRITES = {"cudaMemcpyAsync_write"}
 
 
 def transfer(
     context: RankContext, link: Link, name: str, owner: int, num_bytes: int, pullers: set[int], sample_s: float
 ) -> Subject:
-    """A contest's subject: one transfer from ``owner`` to each of ``pullers``, checked once before it counts."""
+    """A contest's subject: one transfer from ``owner`` to each of ``pullers``, checked once before it counts.
+
+    All ranks pull, each from the next one, or, of what owners write, there is one puller.
+    """
     collective = name in COLLECTIVES[context.backend]
     maker = (COLLECTIVES if collective else COPIES)[context.backend][name]
+
+    def write() -> tuple[Sample, int]:
+        everyone = len(pullers) == context.world_size
+        if not everyone and context.rank != owner:
+            return IDLE
+        puller = (context.rank - 1) % context.world_size if everyone else min(pullers)
+        call = maker(context, link, puller, num_bytes)
+        landed = link.remote_landing[puller][:num_bytes]
+        landed.zero_()
+        call()
+        context.synchronize()
+        link.verify_landed(landed, context.rank)
+        return context.sampled(call, sample_s, most=100, spin=True)
 
     def prepare() -> tuple[Sample, int]:
         receives = context.rank in pullers
@@ -185,4 +212,4 @@ def transfer(
             link.verify(owner, num_bytes)
         return context.sampled(call, sample_s, most=100, spin=True)  # all of them queued before the spin ends
 
-    return prepare
+    return write if name in WRITES else prepare

@@ -409,6 +409,7 @@ class Runtime:
         row_buckets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
         deferred_start: bool = False,
         spin_rows: typing.SupportsInt | typing.SupportsIndex = 128,
+        owners_engines: bool = True,
         test_lane_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
         test_service_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...

@@ -95,5 +95,9 @@ class DeviceError(SidpError, RuntimeError):
     """A call of the GPU's driver failed; the message carries the driver's words."""
 
 
+class SlowCopyWarning(UserWarning):
+    """A peer's copy engine could not be had, so its layers are read by this GPU's: ``Runtime``, ``owners_engines``."""
+
+
 class UnhelpfulWarning(UserWarning):
     """A configuration that is predicted not to pay; ``warnings.simplefilter("error", UnhelpfulWarning)`` refuses it."""

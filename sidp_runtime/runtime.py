@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _C, _torch
 from ._C import Mode, StepKind
-from .errors import ClosedError, ConfigError, SidpError, UnhelpfulWarning, UnknownNameError
+from .errors import ClosedError, ConfigError, SidpError, SlowCopyWarning, UnhelpfulWarning, UnknownNameError
 from .manifest import DTYPE_BYTES
 from .ops import Op, OpProgram
 from .policy import ModePolicy, advice
@@ -95,7 +95,10 @@ class Runtime:
     follows the step before it whatever stream that ran on. What goes wrong on a stream ``check`` tells. Steps can be
     captured in CUDA graphs (``capture_step``). ``row_buckets``: the row counts that owners compute, ascending; a
     request is rounded up to the next one, and ``max_rows`` defaults to the largest. By default powers of two up to
-    ``max_rows``. Ops are captured for each of them here.
+    ``max_rows``. Ops are captured for each of them here. ``owners_engines``: layers are written here by the copy
+    engines of their owners' GPUs, for which this process needs a context on each (276 MiB of an H200's memory);
+    otherwise this GPU's reads them, which takes more of a link (csrc/DESIGN.md). Where a peer's engine cannot be had,
+    a ``SlowCopyWarning`` says why.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Runtime:
         max_rows: int = 0,
         row_buckets: Sequence[int] | None = None,
         deadline_ms: int | None = None,
+        owners_engines: bool = True,
         test_lane_delay_us: int = 0,
         test_service_delay_us: int = 0,
     ) -> None:
@@ -149,6 +153,7 @@ class Runtime:
             deferred_start=True,
             # a kernel that waits would use up the time slices that its owner needs on the same GPU
             spin_rows=0 if pool.group.gpu_is_shared else _C.SPIN_ROWS,
+            owners_engines=owners_engines,
             test_lane_delay_us=test_lane_delay_us,
             test_service_delay_us=test_service_delay_us,
         )
@@ -164,6 +169,12 @@ class Runtime:
                 if pool.placement.streamed_layers(pool.group.rank):
                     for words in advice(self._core, self.policy, max_rows, pool.held_bytes, pool.pooled_bytes):
                         warnings.warn(words, UnhelpfulWarning, stacklevel=2)
+                if why := self._core.stats()["why_read"]:
+                    warnings.warn(
+                        f"layers are read by this GPU's copy engine, not written by their owner's: {why}",
+                        SlowCopyWarning,
+                        stacklevel=2,
+                    )
                 if buckets:
                     from . import _torch_gpu
 
@@ -306,6 +317,7 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks.
 
+        ``owners_engines``: by peer, whether its GPU's copy engine writes here; ``why_read``: why not, where it should.
         Of the policy: ``decisions`` by reason, ``last_decision`` in words, ``mode_changes``, and ``step_times`` by mode
         and size: medians of recent steps, predicted and measured, and the correction. On a GPU times are those of the
         stream, and those of the last steps come with the next ones.

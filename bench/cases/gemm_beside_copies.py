@@ -31,7 +31,7 @@ def run(context: RankContext) -> None:
 
 def _products(context: RankContext, replica: Replica, link: Link, count: int) -> None:
     """The gate's product on rows, alone and while the raw copy keeps the link busy; every rank does the same."""
-    weights = [layer["gate"] for layer in replica.local_layers()]
+    weights = [layer["gate"] for layer in replica.local_layers]
     x = torch.randn(count, context.shape.hidden, device=context.device).to(dtype_of(context.shape.dtype))
     sample_s = 0.02 if context.quick else 0.1
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ..link import open_link
-from ..peers import RAW, transfer
+from ..peers import READ, transfer
 from ..rank import RankContext
 
 
 def run(context: RankContext) -> None:
     size = max(context.shape.copy_sizes(context.quick))
-    name = RAW[context.backend]
+    name = READ[context.backend]
     with open_link(context, size) as link:
         for pullers in range(1, context.world_size):
             who = set(range(1, pullers + 1))

@@ -16,7 +16,7 @@ from ..event_ring import EventRing
 from ..harness import Bar, pairwise
 from ..layers import Replica, Weights, captured_call, open_replica
 from ..link import open_link
-from ..peers import RAW, process_group, transfer
+from ..peers import RAW, READ, process_group, transfer
 from ..rank import RankContext, Samples
 from ..timeline import record_timeline
 
@@ -42,11 +42,13 @@ def run(context: RankContext) -> None:
 
 def _link(context: RankContext, replica: Replica) -> Samples:
     """Of one layer's bytes by the raw copy, all ranks at once: as the step has them."""
-    size, name = replica.layer_bytes, RAW[context.backend]
+    size, names = replica.layer_bytes, dict.fromkeys((READ[context.backend], RAW[context.backend]))
     with open_link(context, size) as ends:
         everyone = set(range(context.world_size))
-        subject = transfer(context, ends, name, context.peer, size, everyone, 0.02 if context.quick else 0.1)
-        samples = context.contest({name: subject})
+        sample_s = 0.02 if context.quick else 0.1
+        samples = context.contest(
+            {name: transfer(context, ends, name, context.peer, size, everyone, sample_s) for name in names}
+        )
     context.record(samples, "link", "GB/s", lambda s: size / s / 1e9, higher_is_better=True)
     return samples
 
@@ -110,7 +112,7 @@ def _tensor_parallel(replica: Replica, count: int) -> Callable[[], object]:
         split = {"o": 1, "gate": 0, "up": 0, "down": 1, "qkv": 0}
         return {name: weights[name].chunk(world, axis)[part] for name, axis in split.items()}
 
-    layers = [cut(weights, i % world) for i, weights in enumerate(replica.local_layers())]
+    layers = [cut(weights, i % world) for i, weights in enumerate(replica.local_layers)]
     start = replica.rows(count * world)
     columns = shape.attention // world
 

@@ -32,12 +32,17 @@ struct Status {
   X(cuDeviceCanAccessPeer)             \
   X(cuDevicePrimaryCtxRetain)          \
   X(cuDevicePrimaryCtxRelease)         \
+  X(cuCtxCreate)                       \
+  X(cuCtxDestroy)                      \
+  X(cuCtxSetLimit)                     \
   X(cuCtxPushCurrent)                  \
   X(cuCtxPopCurrent)                   \
   X(cuThreadExchangeStreamCaptureMode) \
   X(cuCtxGetStreamPriorityRange)       \
   X(cuCtxEnablePeerAccess)             \
   X(cuMemGetInfo)                      \
+  X(cuMemSetAccess)                    \
+  X(cuPointerGetAttribute)             \
   X(cuMemAlloc)                        \
   X(cuMemFree)                         \
   X(cuMemHostAlloc)                    \

@@ -72,8 +72,10 @@ struct LaneOp {
 struct LaneStats {
   std::uint64_t copies = 0;  // that have arrived
   std::vector<ByteCount> bytes_by_peer;
-  std::uint64_t copy_ns = 0;  // time inside copies; 0 where only the device can tell
-  std::uint64_t wait_ns = 0;  // time blocked on empty slots; likewise
+  std::uint64_t copy_ns = 0;         // time inside copies; 0 where only the device can tell
+  std::uint64_t wait_ns = 0;         // time blocked on empty slots; likewise
+  std::vector<bool> owners_engines;  // by peer: whether its GPU's copy engine writes here, or this one's reads there
+  std::string why_read;              // of a peer that could not be written from, or empty
 };
 
 // An ordered queue of asynchronous copies that repeats its program until it is stopped, always as far ahead of the
@@ -107,6 +109,7 @@ class StepTimer {
 };
 
 struct LaneOptions {
+  bool owners_engines = true;         // copies are made by the owners' copy engines, where a backend can
   Milliseconds stop_deadline{10000};  // for copies that are under way when the lane is stopped
   std::uint32_t test_delay_us = 0;    // tests only: sleep before every copy
 };

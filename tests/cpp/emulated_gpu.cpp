@@ -58,6 +58,8 @@ class Emulation final : public EmulatedGpu {
   Emulation(const std::filesystem::path& folder, Rank rank, Rank world_size)
       : cuda_(load(SIDP_EMULATED_CUDA)), nvshmem_(load(SIDP_EMULATED_NVSHMEM)) {
     look_up<void(const char*, int, int)>(nvshmem_, "emulator_start_nvshmem")(folder.c_str(), rank, world_size);
+    set_devices(rank, world_size);
+    rank_ = rank;
     device_ = std::make_shared<const sidp::nvshmem::Device>(0);
     for (auto& stream : streams_)
       stream = std::make_unique<sidp::nvshmem::DeviceStream>(*device_, sidp::nvshmem::DeviceStream::Priority::kDefault);
@@ -73,6 +75,8 @@ class Emulation final : public EmulatedGpu {
     end_capture();
   }
   void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
+  void hide_peers() override { set_devices(rank_, 1); }
+  void fail_access() override { look_up<void()>(cuda_, "emulator_fail_access")(); }
   void hold_gets() override { look_up<void()>(nvshmem_, "emulator_hold_gets")(); }
   void hold_context() override { look_up<void(CUstream)>(cuda_, "emulator_hold_context")(current_); }
   [[nodiscard]] WorkloadHooks hooks() override;
@@ -87,6 +91,7 @@ class Emulation final : public EmulatedGpu {
   void check_replay(Workload& workload, Runtime& runtime) override;
 
  private:
+  void set_devices(Rank rank, int count) { look_up<void(int, int)>(cuda_, "emulator_set_devices")(rank, count); }
   void enqueue(std::function<void()> work) {
     works_.push_back([this, work = std::move(work)] {
       try {
@@ -120,6 +125,7 @@ class Emulation final : public EmulatedGpu {
   }
 
   void* cuda_;
+  Rank rank_ = 0;
   void* nvshmem_;
   std::shared_ptr<const sidp::nvshmem::Device> device_;
   std::unique_ptr<sidp::nvshmem::DeviceStream> streams_[2];

@@ -17,6 +17,8 @@ class EmulatedGpu {
   virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
   virtual void fail_launches() = 0;               // of graphs
   virtual void fail_registration() = 0;           // of memory with NVSHMEM
+  virtual void hide_peers() = 0;                  // their devices are not visible to this process
+  virtual void fail_access() = 0;                 // of a peer's device to its memory from this process
   virtual void hold_gets() = 0;                   // from now on they never arrive
   virtual void hold_context() = 0;                // until the stream of the steps is idle
   [[nodiscard]] virtual WorkloadHooks hooks() = 0;

@@ -72,6 +72,8 @@ class RankProcess {
                                                      Milliseconds(number("setup_deadline_ms", 30000)), hold);
     const std::string name = text("backend", "host");
     if (name == "nvshmem") gpu_ = make_emulated_gpu(folder_, rank_, spec_.world_size);
+    if (gpu_ && text("peers", "") == "hidden") gpu_->hide_peers();
+    if (gpu_ && text("peers", "") == "refused") gpu_->fail_access();
     if (text("do", "steps") == "reopen") return reopen(bootstrap);
     if (text("do", "steps") == "events") return gpu_->check_events();
     auto backend = make_backend({.name = name,
@@ -97,6 +99,7 @@ class RankProcess {
     options.profile = cas_profile();
     if (text("mode", "auto") == "was") options.policy.fixed = Mode::kWas;
     if (text("mode", "auto") == "cas") options.policy.fixed = Mode::kCas;
+    options.lane.owners_engines = text("peers", "") != "read";
     options.lane.stop_deadline = Milliseconds(number("stop_deadline_ms", 10000));
     options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
@@ -347,6 +350,9 @@ class RankProcess {
     note("served", served);
     note("deferred", stats.service.deferred);
     note("copied", copied);
+    const LaneStats& lane = stats.prefetcher.lane;
+    note("owners_engines", std::count(lane.owners_engines.begin(), lane.owners_engines.end(), true));
+    note("why_read", lane.why_read);
   }
 
   template <typename Value>

@@ -52,6 +52,7 @@ TEST_P(GpuGroups, StepsAreRightInEveryMode) {
       requests += number(result, "requests");
       served += number(result, "served");
       if (ranks == 1) continue;
+      EXPECT_EQ(number(result, "owners_engines"), ranks - 1);
       EXPECT_EQ(number(result, "fetches") > 0, mode != "cas");
       EXPECT_EQ(number(result, "requests") > 0, mode != "was");
       EXPECT_EQ(number(result, "rows") > number(result, "requests"), mode != "was");
@@ -121,6 +122,25 @@ TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
     group.wait_for_mark(0, "usage checked");
     group.set_mark("stop");
     expect_all_finish(group, 2);
+  }
+}
+
+// In steps of all kinds, some broken off; by turns in graphs.
+TEST(GpuBackend, OwnersThatCannotWriteAreRead) {
+  for (const auto& [peers, why] : {std::pair{"hidden", "its GPU is not visible to this process"},
+                                   {"refused", "cuMemSetAccess for device 1 to 4096 bytes of its owner failed"},
+                                   {"read", ""}}) {
+    for (const std::string what : {"steps", "replay"}) {
+      SCOPED_TRACE(what + ", peers " + peers);
+      RankGroup group(2, gpu({"mode=was", "steps=20", "do=" + what, std::string("peers=") + peers}));
+      group.start_all();
+      expect_all_finish(group, 2);
+      for (Rank rank = 0; rank < 2; ++rank) {
+        EXPECT_EQ(number(group.result(rank), "owners_engines"), 0);
+        EXPECT_THAT(group.result(rank)["why_read"], HasSubstr(why));
+        EXPECT_EQ(group.result(rank)["why_read"].empty(), std::string(why).empty());
+      }
+    }
   }
 }
 

@@ -120,6 +120,21 @@ def test_random_delays(mode: str) -> None:
     run_ranks(random_delays, 3, mode=mode)
 
 
+def engines(context: RankContext, owners: bool) -> list[bool]:
+    with open_replica(context, mode="was", ops=(), backend="nvshmem", owners_engines=owners) as replica:
+        for seed in range(5):
+            replica.step(seed=seed)
+        stats = replica.settled_stats(5 * len(replica.streamed) + len(replica.head()))
+        assert stats["why_read"] == ""
+        return list(stats["owners_engines"])
+
+
+def test_layers_are_written_by_their_owners_copy_engines() -> None:
+    shared = torch.cuda.device_count() < 2  # one engine for all
+    assert run_ranks(engines, 2, owners=True) == ([[False] * 2] * 2 if shared else [[False, True], [True, False]])
+    assert run_ranks(engines, 2, owners=False) == [[False, False]] * 2
+
+
 def without_mappings(context: RankContext) -> None:
     arguments = {"test_without_mappings": True}
     with open_replica(context, mode="was", ops=(), backend="nvshmem", group_arguments=arguments) as replica:

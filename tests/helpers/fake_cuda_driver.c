@@ -142,7 +142,13 @@ int cuMemcpyPeerAsync(unsigned long long dst, void* dst_context, unsigned long l
   int name(void) { return 999; }
 NOT_CALLED(cuThreadExchangeStreamCaptureMode)
 NOT_CALLED(cuCtxGetStreamPriorityRange)
+NOT_CALLED(cuCtxCreate_v4)
+NOT_CALLED(cuCtxCreate_v2)
+NOT_CALLED(cuCtxDestroy_v2)
+NOT_CALLED(cuCtxSetLimit)
 NOT_CALLED(cuMemGetInfo_v2)
+NOT_CALLED(cuMemSetAccess)
+NOT_CALLED(cuPointerGetAttribute)
 NOT_CALLED(cuMemHostAlloc)
 NOT_CALLED(cuMemHostGetDevicePointer_v2)
 NOT_CALLED(cuMemHostRegister_v2)

@@ -185,13 +185,13 @@ def test_the_bars_of_steps_are_held_eager_and_captured() -> None:
 
     steps = {"all_local": 10.0, "all_local_graph": 9.0, "sidp_was": 16.0, "sidp_was_graph": 16.8, "sidp_cas": 11.0}
     samples = bench.rank.Samples({name: [s] * 3 for name, s in steps.items()}, {"sidp_cas_graph": ("error", "broke")})
-    link = bench.rank.Samples({"cudaMemcpyAsync": [2.0] * 3})
+    link = bench.rank.Samples({"cudaMemcpyAsync_write": [2.0] * 3, "cudaMemcpyAsync": [2.2] * 3})
     step_time._ratios(Context(), samples, 128, link, 8)  # type: ignore[arg-type]
     assert (rows["over_floor/sidp_was"].median, rows["over_floor/sidp_was"].passed) == (1.0, True)
     assert (rows["over_floor/sidp_was_graph"].median, rows["over_floor/sidp_was_graph"].passed) == (1.05, False)
     assert (rows["over_local/sidp_cas"].median, rows["over_local/sidp_cas"].bar) == (1.1, step_time.CAS_BAR)
     assert rows["over_local/sidp_cas_graph"].reason == "broke"
-    step_time._ratios(Context(), samples, 256, bench.rank.Samples({}, {"cudaMemcpyAsync": ("error", "cut")}), 8)  # type: ignore[arg-type]
+    step_time._ratios(Context(), samples, 256, bench.rank.Samples({}, {"cudaMemcpyAsync_write": ("error", "cut")}), 8)  # type: ignore[arg-type]
     assert rows["over_local/sidp_cas"].bar is None
     assert (rows["over_floor/sidp_was"].status, rows["over_floor/sidp_was"].reason) == ("error", "cut")
 

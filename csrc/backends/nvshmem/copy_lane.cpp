@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <set>
 #include <thread>
 
 #include "sidp/error.hpp"
@@ -48,8 +49,8 @@ void Landing::unregister() noexcept {
 }
 
 CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi& nvshmem, CUdeviceptr flags,
-                   ByteCount flag_stride, Rank world_size, std::vector<LaneOp> program, const LaneOptions& options,
-                   Tracer& tracer, std::shared_ptr<const bool> kept)
+                   ByteCount flag_stride, const std::vector<int>& gpus, std::vector<LaneOp> program,
+                   const LaneOptions& options, Tracer& tracer, std::shared_ptr<const bool> kept)
     : device_(*device),
       nvshmem_(nvshmem),
       flags_(flags),
@@ -60,7 +61,9 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
       landing_(device_, nvshmem, program_),
       arrived_(device, 1, std::move(kept)),
       stream_(device_, DeviceStream::Priority::kLane),
-      pass_bytes_by_peer_(static_cast<std::size_t>(world_size)) {
+      engines_(gpus.size()),
+      pass_bytes_by_peer_(gpus.size()) {
+  const ContextScope scope(device_);
   std::uint32_t last_flag = 0;
   for (const LaneOp& op : program_) {
     last_flag = std::max(last_flag, op.flag);
@@ -68,8 +71,13 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
     copies_.push_back(op);
     pass_bytes_by_peer_[static_cast<std::size_t>(op.peer)] += op.bytes;
   }
-  for (std::uint32_t i = 0; i <= last_flag; ++i) slots_.emplace_back(device_);
-  const ContextScope scope(device_);
+  if (options_.owners_engines) ask_owners(gpus);
+  for (std::uint32_t i = 0; i <= last_flag; ++i) {
+    Slot& slot = slots_.emplace_back(device_);
+    slot.marks.try_emplace(&device_, device_);
+    for (const auto& engine : engines_)
+      if (engine) slot.marks.try_emplace(&engine->device(), engine->device());
+  }
   try {
     queue_next(kNoPass);
   } catch (...) {  // what was queued may still write the ring and the count
@@ -80,14 +88,39 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
 
 CopyLane::~CopyLane() { stop(); }
 
+void CopyLane::ask_owners(const std::vector<int>& gpus) {
+  const auto refused = [this](Rank peer, const std::string& why) {
+    engines_[static_cast<std::size_t>(peer)].reset();
+    if (why_read_.empty()) why_read_ = "rank " + std::to_string(peer) + ": " + why;
+  };
+  std::set<Rank> asked;
+  for (const LaneOp& copy : copies_) {
+    const auto peer = static_cast<std::size_t>(copy.peer);
+    auto& engine = engines_[peer];
+    const bool first = asked.insert(copy.peer).second;
+    if (copy.kind != LaneOp::Kind::kCopy || gpus[peer] == device_.ordinal() || (!first && !engine)) continue;
+    if (gpus[peer] < 0) {
+      refused(copy.peer, "its GPU is not visible to this process; see CUDA_VISIBLE_DEVICES");
+      continue;
+    }
+    try {
+      if (first) engine = std::make_unique<OwnerEngine>(device_, gpus[peer]);
+      engine->read(copy.src, copy.bytes);
+    } catch (const Error& error) {
+      refused(copy.peer, error.what());
+    }
+  }
+  if (std::any_of(engines_.begin(), engines_.end(), [](const auto& engine) { return engine != nullptr; }))
+    signals_.emplace(device_, DeviceStream::Priority::kLane);
+}
+
 bool CopyLane::wait_full(Stream stream, std::uint32_t flag) {
   const Slot& slot = slots_[flag];
   if (!slot.copied)  // to wait for its event would be to wait for an older copy
     throw Error(ErrorCode::kDevice, "no copy could be queued for ring slot " + std::to_string(flag) + " on device " +
                                         std::to_string(device_.ordinal()) + "; an earlier error says why");
   const ContextScope scope(device_);
-  device_.check(device_.api().cuStreamWaitEvent(static_cast<CUstream>(stream.handle), slot.full.get(), 0),
-                "cuStreamWaitEvent");
+  wait_for(slot.full.load(std::memory_order_relaxed), static_cast<CUstream>(stream.handle));
   return true;
 }
 
@@ -97,7 +130,7 @@ bool CopyLane::set_empty(Stream stream, std::uint32_t flag) {
   auto* const on = static_cast<CUstream>(stream.handle);
   if (slot.flagged)
     device_.check(device_.api().cuStreamWriteValue32(on, this->flag(flag), kEmpty, 0), "cuStreamWriteValue32");
-  device_.check(device_.api().cuEventRecord(slot.used.get(), on), "cuEventRecord");
+  record(slot.used.get(), on);
   slot.empty = slot.used_by_event = true;
   queue_next(slot.pass);
   return true;
@@ -113,77 +146,128 @@ void CopyLane::used_by_graph(std::uint32_t flag) {
 
 void CopyLane::queue_next(std::uint64_t by_event) {
   while (!stopped_ && slots_[program_[next_].flag].empty) {
+    const LaneOp& copy = program_[next_ + 1];
     Slot& slot = slots_[program_[next_].flag];
     slot.empty = slot.copied = false;
     slot.number.store(0);
     slot.flagged = pass_ != by_event;
     slot.pass = pass_;
     const Tracer::Session session = tracer_.session();
-    const TraceSpan queueing(tracer_, session, {.kind = TraceEvent::Kind::kQueueCopy, .layer = program_[next_].layer});
-    do {
-      queue(program_[next_], slot, session);
-      next_ = (next_ + 1) % program_.size();
-    } while (program_[next_].kind != LaneOp::Kind::kWait);
+    const TraceSpan queueing(tracer_, session, {.kind = TraceEvent::Kind::kQueueCopy, .layer = copy.layer});
+    queue(copy, flag(program_[next_].flag), slot, session);
     slot.copied = true;
     slot.number.store(queued_);
+    next_ = (next_ + 3) % program_.size();
     if (next_ == 0) ++pass_;
   }
 }
 
-void CopyLane::queue(const LaneOp& op, Slot& slot, Tracer::Session session) {
-  const auto& api = device_.api();
-  const auto span = [&](TraceEvent::Kind kind) {
-    return TraceSpan(
-        tracer_, session,
-        {.kind = kind, .track = TraceEvent::Track::kLane, .layer = op.layer, .peer = op.peer, .bytes = op.bytes},
-        TraceSpan::Time::kStream, {stream_.get()});
-  };
-  switch (op.kind) {
-    case LaneOp::Kind::kWait: {
-      const TraceSpan wait = span(TraceEvent::Kind::kWaitEmpty);
-      if (slot.used_by_event)
-        device_.check(api.cuStreamWaitEvent(stream_.get(), slot.used.get(), 0), "cuStreamWaitEvent");
-      else
-        device_.check(api.cuStreamWaitValue32(stream_.get(), flag(op.flag), op.value, CU_STREAM_WAIT_VALUE_EQ),
-                      "cuStreamWaitValue32");
-    }
-      if (options_.test_delay_us > 0)
-        device_.check(api.cuLaunchHostFunc(stream_.get(), sleep_on_stream, &options_), "cuLaunchHostFunc");
-      break;
-    case LaneOp::Kind::kCopy: {
-      const TraceSpan copy = span(TraceEvent::Kind::kCopy);
-      device_.check(api.cuMemcpyAsync(device_pointer(op.dst), device_pointer(op.src), op.bytes, stream_.get()), [&] {
-        return "cuMemcpyAsync of " + std::to_string(op.bytes) + " bytes from rank " + std::to_string(op.peer);
-      });
-      ++queued_;
-      break;
-    }
-    case LaneOp::Kind::kGet: {
-      const TraceSpan copy = span(TraceEvent::Kind::kCopy);
-      nvshmem_.getmem_on_stream(op.dst, op.src, op.bytes, op.peer, stream_.get());
-      ++queued_;
-      break;
-    }
-    case LaneOp::Kind::kSignal: {
-      if (slot.flagged) {
-        // In this order: what a full flag promises has arrived, and is counted only then.
-        CUstreamBatchMemOpParams both[2] = {};
-        both[0].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                              .address = flag(op.flag),
-                              .value = op.value,
-                              .flags = 0,
-                              .alias = 0};
-        both[1].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                              .address = arrived_.on_device(0),
-                              .value = queued_,
-                              .flags = 0,
-                              .alias = 0};
-        device_.check(api.cuStreamBatchMemOp(stream_.get(), 2, both, 0), "cuStreamBatchMemOp");
-      }
-      device_.check(api.cuEventRecord(slot.full.get(), stream_.get()), "cuEventRecord");
-      break;
-    }
+void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::Session session) {
+  const OwnerEngine* const engine = engines_[static_cast<std::size_t>(copy.peer)].get();
+  const Device& device = engine != nullptr ? engine->device() : device_;
+  const Marks& marks = slot.marks.at(&device);
+  CUstream const on = engine != nullptr ? engine->stream().get() : stream_.get();
+  CUstream const signals = engine != nullptr ? signals_->get() : stream_.get();
+  if (!slot.used_by_event) {
+    if (signals_) wait_for(slot.flag_set.get(), stream_.get());  // or the flag could still be empty from before
+    device_.check(device_.api().cuStreamWaitValue32(stream_.get(), flag, kEmpty, CU_STREAM_WAIT_VALUE_EQ),
+                  "cuStreamWaitValue32");
+    record(slot.used.get(), stream_.get());
   }
+  CUevent full = marks.full.get();
+  if (session == 0) [[likely]] {
+    const CurrentContext scope(device);
+    start(on, slot);
+    move(on, copy);
+    record(full, on);
+  } else {
+    // Timed on a stream of the own GPU, where the events of a trace belong.
+    const auto span = [&](TraceEvent::Kind kind) {
+      return TraceSpan(tracer_, session,
+                       {.kind = kind,
+                        .track = TraceEvent::Track::kLane,
+                        .layer = copy.layer,
+                        .peer = copy.peer,
+                        .bytes = copy.bytes},
+                       TraceSpan::Time::kStream, {signals});
+    };
+    const auto follow = [&](CUevent event) {
+      if (signals != on) wait_for(event, signals);
+    };
+    {
+      const TraceSpan waits = span(TraceEvent::Kind::kWaitEmpty);
+      {
+        const CurrentContext scope(device);
+        start(on, slot);
+        record(marks.started.get(), on);
+      }
+      follow(marks.started.get());
+    }
+    {
+      const TraceSpan copies = span(TraceEvent::Kind::kCopy);
+      {
+        const CurrentContext scope(device);
+        move(on, copy);
+        record(marks.full.get(), on);
+      }
+      follow(marks.full.get());
+    }
+    full = slot.timed.get();  // so that no wait ends before its copy in the trace
+    record(full, signals);
+  }
+  last_on_ = on;
+  last_full_ = full;
+  if (slot.flagged) {
+    if (signals != on && session == 0) wait_for(full, signals);
+    signal(signals, flag);
+    full = slot.flag_set.get();  // or who waits by the event could empty the flag before it is set
+    record(full, signals);
+  }
+  slot.full.store(full, std::memory_order_relaxed);
+}
+
+void CopyLane::start(CUstream on, Slot& slot) {
+  wait_for(slot.used.get(), on);
+  if (last_on_ != nullptr && last_on_ != on) wait_for(last_full_, on);
+  if (options_.test_delay_us > 0)
+    device_.check(device_.api().cuLaunchHostFunc(on, sleep_on_stream, &options_), "cuLaunchHostFunc");
+}
+
+void CopyLane::move(CUstream on, const LaneOp& copy) {
+  if (copy.kind == LaneOp::Kind::kCopy)
+    device_.check(device_.api().cuMemcpyAsync(device_pointer(copy.dst), device_pointer(copy.src), copy.bytes, on), [&] {
+      return "cuMemcpyAsync of " + std::to_string(copy.bytes) + " bytes from rank " + std::to_string(copy.peer);
+    });
+  else
+    nvshmem_.getmem_on_stream(copy.dst, copy.src, copy.bytes, copy.peer, on);
+  ++queued_;
+}
+
+// In this order: what a full flag promises has arrived, and is counted only then.
+void CopyLane::signal(CUstream on, CUdeviceptr flag) {
+  CUstreamBatchMemOpParams both[2] = {};
+  both[0].writeValue = {
+      .operation = CU_STREAM_MEM_OP_WRITE_VALUE_32, .address = flag, .value = kFull, .flags = 0, .alias = 0};
+  both[1].writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                        .address = arrived_.on_device(0),
+                        .value = queued_,
+                        .flags = 0,
+                        .alias = 0};
+  device_.check(device_.api().cuStreamBatchMemOp(on, 2, both, 0), "cuStreamBatchMemOp");
+}
+
+void CopyLane::record(CUevent event, CUstream stream) const {
+  device_.check(device_.api().cuEventRecord(event, stream), "cuEventRecord");
+}
+
+void CopyLane::wait_for(CUevent event, CUstream stream) const {
+  device_.check(device_.api().cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
+}
+
+bool CopyLane::idle() const {
+  return stream_.idle() && (!signals_ || signals_->idle()) &&
+         std::all_of(engines_.begin(), engines_.end(),
+                     [](const auto& engine) { return !engine || engine->stream().idle(); });
 }
 
 bool CopyLane::stop() noexcept {
@@ -191,9 +275,9 @@ bool CopyLane::stop() noexcept {
   if (abandoned_) return false;
   const ContextScope scope(device_);
   const auto start = Clock::now();
-  while (!stream_.idle() && Clock::now() - start < options_.stop_deadline)
+  while (!idle() && Clock::now() - start < options_.stop_deadline)
     std::this_thread::sleep_for(std::chrono::microseconds(100));
-  abandoned_ = !stream_.idle();
+  abandoned_ = !idle();
   if (abandoned_)
     landing_.abandon();
   else
@@ -211,9 +295,16 @@ LaneStats CopyLane::stats() const {
   const ContextScope scope(device_);
   for (const Slot& slot : slots_)  // copies that set no flag: their slots' events tell
     if (const std::uint32_t number = slot.number.load();
-        number != 0 && device_.api().cuEventQuery(slot.full.get()) == CUDA_SUCCESS && slot.number.load() == number)
+        number != 0 && device_.api().cuEventQuery(slot.full.load()) == CUDA_SUCCESS && slot.number.load() == number)
       count_up_to(number);
-  LaneStats stats{.copies = arrived_total_, .bytes_by_peer = pass_bytes_by_peer_, .copy_ns = 0, .wait_ns = 0};
+  LaneStats stats{.copies = arrived_total_,
+                  .bytes_by_peer = pass_bytes_by_peer_,
+                  .copy_ns = 0,
+                  .wait_ns = 0,
+                  .owners_engines = {},
+                  .why_read = {}};
+  for (const auto& engine : engines_) stats.owners_engines.push_back(engine != nullptr);
+  stats.why_read = why_read_;
   const std::uint64_t passes = arrived_total_ / copies_.size();
   for (ByteCount& bytes : stats.bytes_by_peer) bytes *= passes;
   for (std::uint64_t i = 0; i < arrived_total_ % copies_.size(); ++i)

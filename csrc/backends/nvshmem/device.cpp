@@ -19,18 +19,69 @@ Device::Device(int ordinal) : api_(cuda::driver_api()), ordinal_(ordinal) {
   check(api_.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
 }
 
-Device::~Device() { api_.cuDevicePrimaryCtxRelease(device_); }
-
-ContextScope::ContextScope(const Device& device) noexcept
-    : device_(device), pushed_(device.api_.cuCtxPushCurrent(device.context_) == CUDA_SUCCESS) {
-  device.api_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
+Device::Device(int ordinal, ForCopies) : api_(cuda::driver_api()), ordinal_(ordinal), primary_(false) {
+  check(api_.cuDeviceGet(&device_, ordinal), "cuDeviceGet");
+#if CUDA_VERSION >= 13000
+  check(api_.cuCtxCreate(&context_, nullptr, 0, device_), "cuCtxCreate");
+#else
+  check(api_.cuCtxCreate(&context_, 0, device_), "cuCtxCreate");
+#endif
+  // No kernel, no stack: that is half of what a context takes. A driver that refuses only takes more.
+  api_.cuCtxSetLimit(CU_LIMIT_STACK_SIZE, 64);
+  CUcontext popped = nullptr;
+  api_.cuCtxPopCurrent(&popped);
 }
 
-ContextScope::~ContextScope() {
-  device_.api_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
+std::shared_ptr<const Device> Device::for_copies(int ordinal) {
+  // Never destroyed: a process may end while copies are under way.
+  static auto* const made = new std::map<int, std::shared_ptr<const Device>>;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  auto& device = (*made)[ordinal];
+  if (!device) device.reset(new Device(ordinal, ForCopies{}));
+  return device;
+}
+
+Device::~Device() {
+  if (primary_)
+    api_.cuDevicePrimaryCtxRelease(device_);
+  else
+    api_.cuCtxDestroy(context_);
+}
+
+std::string Device::uuid(int ordinal) const {
+  CUdevice device = 0;
+  CUuuid uuid = {};
+  if (api_.cuDeviceGet(&device, ordinal) != CUDA_SUCCESS || api_.cuDeviceGetUuid_v2(&uuid, device) != CUDA_SUCCESS)
+    return {};
+  return {uuid.bytes, sizeof uuid.bytes};
+}
+
+int Device::find(const std::string& uuid) const {
+  int count = 0;
+  if (uuid.empty() || api_.cuDeviceGetCount(&count) != CUDA_SUCCESS) return -1;
+  for (int ordinal = 0; ordinal < count; ++ordinal)
+    if (this->uuid(ordinal) == uuid) return ordinal;
+  return -1;
+}
+
+void Device::use_memory_of(const Device& other) const {
+  const CurrentContext scope(*this);
+  const CUresult result = api_.cuCtxEnablePeerAccess(other.context_, 0);
+  if (result == CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED) return;
+  check(result, [&] { return "cuCtxEnablePeerAccess to device " + std::to_string(other.ordinal_); });
+}
+
+CurrentContext::~CurrentContext() {
   CUcontext popped = nullptr;
   if (pushed_) device_.api_.cuCtxPopCurrent(&popped);
 }
+
+ContextScope::ContextScope(const Device& device) noexcept : CurrentContext(device) {
+  device.api().cuThreadExchangeStreamCaptureMode(&capture_mode_);
+}
+
+ContextScope::~ContextScope() { device_.api().cuThreadExchangeStreamCaptureMode(&capture_mode_); }
 
 void Device::fail(CUresult result, const std::string& what) const {
   throw Error(result == CUDA_ERROR_OUT_OF_MEMORY ? ErrorCode::kCapacity : ErrorCode::kDevice,
@@ -113,7 +164,10 @@ bool is_pending(CUresult result) {
          (result >= CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED && result <= CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
 }
 
-bool DeviceStream::idle() const { return !is_pending(device_.api().cuStreamQuery(stream_)); }
+bool DeviceStream::idle() const {
+  const CurrentContext scope(device_);
+  return !is_pending(device_.api().cuStreamQuery(stream_));
+}
 
 void DeviceStream::synchronize() const {
   device_.check(device_.api().cuStreamSynchronize(stream_), "cuStreamSynchronize");

@@ -155,6 +155,8 @@ std::unique_ptr<SymmetricBuffer> NvshmemBackend::allocate_symmetric(std::span<co
 void NvshmemBackend::create_flags(std::uint32_t num_flags) {
   host_.create_flags(num_flags + 1);
   num_flags_ = num_flags;
+  for (const std::string& uuid : bootstrap_->all_gather("GPUs", device_->uuid(options_.device)))
+    gpus_.push_back(device_->find(uuid));
   all_or_none(*bootstrap_, options_.rank, "control segments mapped on the device", [&] {
     const ContextScope scope(*device_);
     for (Rank rank = 0; rank < options_.world_size; ++rank) {
@@ -184,8 +186,8 @@ std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, con
 }
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
-  return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.world_size,
-                                    std::move(program), options, tracer(), in_use_);
+  return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, gpus_, std::move(program),
+                                    options, tracer(), in_use_);
 }
 
 std::unique_ptr<StreamClock> NvshmemBackend::make_stream_clock(std::size_t num_marks) {

@@ -86,6 +86,7 @@ class NvshmemBackend final : public Backend {
   host::HostBackend host_;
   Capabilities capabilities_;
   std::uint32_t num_flags_ = 0;
+  std::vector<int> gpus_;             // by rank: its GPU's ordinal in this process, or -1
   std::vector<CUdeviceptr> flags_;    // on the GPU, by rank as mapped here; 0 where it is not
   std::vector<CUdeviceptr> control_;  // control segments of all ranks as the GPU sees them
   CUevent step_end_ = nullptr;        // of the last step; made by the first

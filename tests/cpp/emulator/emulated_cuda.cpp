@@ -4,121 +4,13 @@
 // the kernels themselves, and whatever a real driver blocks on, show on a real GPU only.
 #include <cuda.h>
 
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <string>
-#include <thread>
-#include <vector>
 
-#include "emulated_work.hpp"
-
-namespace {
+#include "emulated_state.hpp"
 
 using namespace sidp::emulator;
-
-struct Graph {
-  std::vector<Work> nodes;
-};
-
-struct Stream {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::deque<Work> queue;
-  bool busy = false;
-  bool destroyed = false;
-  Graph* capturing = nullptr;
-  bool global_capture = false;
-
-  void run() {
-    std::unique_lock lock(mutex);
-    while (true) {
-      changed.wait(lock, [this] { return !queue.empty() || destroyed; });
-      if (queue.empty()) return;
-      const Work work = std::move(queue.front());
-      queue.pop_front();
-      busy = true;
-      lock.unlock();
-      work();
-      lock.lock();
-      busy = false;
-      changed.notify_all();
-    }
-  }
-  [[nodiscard]] bool idle() const { return queue.empty() && !busy; }
-};
-
-struct Event {
-  std::atomic<std::uint64_t> recorded{0}, done{0};
-  std::atomic<std::int64_t> done_ns{0};
-  bool timed = false;
-};
-
-std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
-
-// Never destroyed: stream threads may outlive main().
-struct State {
-  std::mutex mutex;
-  std::map<CUstream, std::shared_ptr<Stream>> streams;
-  std::map<CUdeviceptr, std::size_t> memory;
-  std::size_t total = std::size_t{80} << 30, used = 0;
-  std::uintptr_t next_stream = 0x1000;
-  std::atomic<bool> fail_graph_launch = false;
-  std::atomic<int> events = 0;              // that were created and not destroyed
-  std::atomic<int> events_until_fail = -1;  // creations; below 0: none fails
-  std::atomic<double> drift = 0;            // of the device's clock: by how much it is too fast
-  std::atomic<int> global_captures = 0;     // that forbid calls to every thread
-  std::atomic<bool> capture_broken = false;
-  std::recursive_mutex context;  // what a call that waits for the device holds
-};
-
-State& state() {
-  static auto* const s = new State;
-  return *s;
-}
-
-// A thread's stack of contexts is its height here, as there is but one. Static storage: memory that a library's
-// thread-local objects take dynamically is freed where ThreadSanitizer cannot see it.
-__attribute__((tls_model("initial-exec"))) thread_local int pushed = 0;
-__attribute__((tls_model("initial-exec"))) thread_local CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
-const CUcontext kContext = reinterpret_cast<CUcontext>(0x10);
-
-// A call that a capture of mode GLOBAL forbids to threads that did not opt out, and which breaks that capture.
-bool forbidden() {
-  if (state().global_captures == 0 || mode == CU_STREAM_CAPTURE_MODE_RELAXED) return false;
-  state().capture_broken = true;
-  return true;
-}
-
-std::shared_ptr<Stream> find(CUstream handle) {
-  const std::lock_guard lock(state().mutex);
-  const auto found = state().streams.find(handle);
-  return found == state().streams.end() ? nullptr : found->second;
-}
-
-CUresult enqueue(CUstream handle, Work work) {
-  if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
-  const std::lock_guard held(state().context);
-  const auto stream = find(handle);
-  if (!stream) return CUDA_ERROR_INVALID_HANDLE;
-  const std::lock_guard lock(stream->mutex);
-  if (stream->capturing != nullptr) {
-    stream->capturing->nodes.push_back(std::move(work));
-  } else {
-    stream->queue.push_back(std::move(work));
-    stream->changed.notify_all();
-  }
-  return CUDA_SUCCESS;
-}
-
-}  // namespace
 
 #define EMULATED extern "C" __attribute__((visibility("default")))
 
@@ -135,6 +27,22 @@ EMULATED void emulator_hold_context(CUstream stream) {
   cuStreamSynchronize(stream);
 }
 EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
+
+// This process's devices: its own, then those of the ranks after it.
+EMULATED void emulator_set_devices(int rank, int count) {
+  state().rank = rank;
+  state().num_devices = count;
+}
+EMULATED void emulator_fail_access() { state().fail_access = true; }
+EMULATED void emulator_map(char* memory, std::size_t bytes, bool mapped) {
+  const std::lock_guard lock(state().mutex);
+  const auto begin = reinterpret_cast<CUdeviceptr>(memory);  // of whole pages
+  for (CUdeviceptr at = begin; at < begin + bytes; at += kMapping)
+    if (mapped)
+      state().mappings[at];
+    else
+      state().mappings.erase(at);
+}
 
 EMULATED int emulator_num_events() { return state().events; }
 EMULATED void emulator_fail_event(int after) { state().events_until_fail = after; }
@@ -155,26 +63,37 @@ EMULATED CUresult cuGetErrorString(CUresult, const char** text) {
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuDeviceGetCount(int* count) {
-  *count = 1;
+  *count = state().num_devices;
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
+  return ordinal < state().num_devices ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+}
+EMULATED CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
+  std::memset(uuid, 0, sizeof *uuid);
+  uuid->bytes[0] = static_cast<char>(1 + (state().rank + device) % std::max(state().num_devices, state().rank + 1));
   return CUDA_SUCCESS;
 }
-EMULATED CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
-  *context = kContext;
+EMULATED CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  *context = context_of(0, device);
   return CUDA_SUCCESS;
+}
+EMULATED CUresult cuCtxCreate(CUcontext* context, CUctxCreateParams*, unsigned, CUdevice device) {
+  const std::lock_guard lock(state().mutex);
+  *context = context_of(++state().contexts, device);
+  return push(*context);
+}
+EMULATED CUresult cuCtxDestroy(CUcontext) { return CUDA_SUCCESS; }
+EMULATED CUresult cuCtxSetLimit(CUlimit, std::size_t) { return CUDA_SUCCESS; }
+EMULATED CUresult cuCtxEnablePeerAccess(CUcontext context, unsigned) {
+  return context == current() ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
 }
 EMULATED CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
-EMULATED CUresult cuCtxPushCurrent(CUcontext) {
-  ++pushed;
-  return CUDA_SUCCESS;
-}
+EMULATED CUresult cuCtxPushCurrent(CUcontext context) { return push(context); }
 EMULATED CUresult cuCtxPopCurrent(CUcontext* context) {
   if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
-  --pushed;
-  *context = kContext;
+  *context = stack[--pushed];
   return CUDA_SUCCESS;
 }
 EMULATED CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* exchanged) {
@@ -221,7 +140,25 @@ EMULATED CUresult cuMemHostGetDevicePointer(CUdeviceptr* mapped, void* memory, u
 }
 EMULATED CUresult cuMemHostRegister(void*, std::size_t, unsigned) { return CUDA_SUCCESS; }
 EMULATED CUresult cuMemHostUnregister(void*) { return CUDA_SUCCESS; }
+EMULATED CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  const std::lock_guard lock(state().mutex);
+  const CUdeviceptr mapping = pointer / kMapping * kMapping;
+  if (!state().mappings.contains(mapping)) return CUDA_ERROR_INVALID_VALUE;
+  if (attribute == CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR)
+    *static_cast<CUdeviceptr*>(data) = mapping;
+  else
+    *static_cast<std::size_t*>(data) = kMapping;
+  return CUDA_SUCCESS;
+}
+EMULATED CUresult cuMemSetAccess(CUdeviceptr pointer, std::size_t bytes, const CUmemAccessDesc* access, std::size_t) {
+  const std::lock_guard lock(state().mutex);
+  const auto found = state().mappings.find(pointer);
+  if (found == state().mappings.end() || bytes != kMapping || state().fail_access) return CUDA_ERROR_INVALID_VALUE;
+  found->second.insert(access->location.id);
+  return CUDA_SUCCESS;
+}
 EMULATED CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, std::size_t bytes, CUstream stream) {
+  if (!may_read(src, bytes)) return CUDA_ERROR_INVALID_VALUE;
   return enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<void*>(src), bytes); });
 }
 EMULATED CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, std::size_t count, CUstream stream) {
@@ -230,12 +167,14 @@ EMULATED CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, std::siz
 
 // --- Streams and events
 EMULATED CUresult cuStreamCreateWithPriority(CUstream* handle, unsigned, int) {
+  if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
   const auto stream = std::make_shared<Stream>();
+  stream->context = current();
   const std::lock_guard lock(state().mutex);
   *handle = reinterpret_cast<CUstream>(state().next_stream += 0x10);
   state().streams[*handle] = stream;
   std::thread([stream] {
-    pushed = 1;
+    push(stream->context);
     stream->run();
   }).detach();
   return CUDA_SUCCESS;
@@ -273,6 +212,10 @@ EMULATED CUresult cuStreamWriteValue32(CUstream stream, CUdeviceptr address, cuu
   return enqueue(stream, write_value(address, value));
 }
 EMULATED CUresult cuStreamBatchMemOp(CUstream stream, unsigned count, CUstreamBatchMemOpParams* ops, unsigned) {
+  // Late, so that what does not wait for the writes is seen.
+  if (const CUresult result = enqueue(stream, [] { std::this_thread::sleep_for(std::chrono::milliseconds(1)); });
+      result != CUDA_SUCCESS)
+    return result;
   for (unsigned i = 0; i < count; ++i)
     if (const CUresult result = enqueue(stream, write_value(ops[i].writeValue.address, ops[i].writeValue.value));
         result != CUDA_SUCCESS)
@@ -283,6 +226,7 @@ EMULATED CUresult cuEventCreate(CUevent* event, unsigned flags) {
   if (state().events_until_fail >= 0 && state().events_until_fail-- == 0) return CUDA_ERROR_UNKNOWN;
   ++state().events;
   auto* const made = new Event;
+  made->context = current();
   made->timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
   *event = reinterpret_cast<CUevent>(made);
   return CUDA_SUCCESS;
@@ -293,6 +237,7 @@ EMULATED CUresult cuEventDestroy(CUevent) {
 }
 EMULATED CUresult cuEventRecord(CUevent handle, CUstream stream) {
   auto* const event = reinterpret_cast<Event*>(handle);
+  if (event->context != current()) return CUDA_ERROR_INVALID_HANDLE;
   return enqueue(stream, [event, number = ++event->recorded] {
     event->done_ns = now_ns();
     event->done = number;
@@ -384,9 +329,7 @@ EMULATED CUresult cuGraphExecDestroy(CUgraphExec graph) {
 #define NOT_EMULATED(name, ...) \
   EMULATED CUresult name(__VA_ARGS__) { return CUDA_ERROR_NOT_SUPPORTED; }
 NOT_EMULATED(cuDeviceGetName, char*, int, CUdevice)
-NOT_EMULATED(cuDeviceGetUuid_v2, CUuuid*, CUdevice)
 NOT_EMULATED(cuDeviceTotalMem, std::size_t*, CUdevice)
 NOT_EMULATED(cuDeviceGetAttribute, int*, CUdevice_attribute, CUdevice)
 NOT_EMULATED(cuDeviceCanAccessPeer, int*, CUdevice, CUdevice)
-NOT_EMULATED(cuCtxEnablePeerAccess, CUcontext, unsigned)
 NOT_EMULATED(cuMemcpyPeerAsync, CUdeviceptr, CUcontext, CUdeviceptr, CUcontext, std::size_t, CUstream)

@@ -117,6 +117,7 @@ EMULATED void* nvshmem_malloc(std::size_t bytes) {
   }
   Piece piece{bytes, {}};
   for (int rank = 0; rank < s.world_size; ++rank) piece.by_rank.push_back(map_file(name + std::to_string(rank), bytes));
+  for (char* memory : piece.by_rank) from_cuda<void (*)(char*, std::size_t, bool)>("emulator_map")(memory, bytes, true);
   meet();  // all have mapped it
   char* const mine = piece.by_rank[static_cast<std::size_t>(s.rank)];
   s.pieces[mine] = std::move(piece);
@@ -128,7 +129,10 @@ EMULATED void nvshmem_free(void* memory) {
   meet();
   const auto found = s.pieces.find(static_cast<char*>(memory));
   s.freed.insert(found->second.bytes);
-  for (char* piece : found->second.by_rank) ::munmap(piece, found->second.bytes);
+  for (char* piece : found->second.by_rank) {
+    from_cuda<void (*)(char*, std::size_t, bool)>("emulator_map")(piece, found->second.bytes, false);
+    ::munmap(piece, found->second.bytes);
+  }
   s.pieces.erase(found);
 }
 
