@@ -32,6 +32,7 @@ __all__: list[str] = [
     "TraceEvent",
     "WeightPool",
     "add_graph",
+    "await_rows",
     "backend_names",
     "check_policy",
     "cuda_report",
@@ -532,7 +533,19 @@ def add_graph(
     graph: typing.SupportsInt | typing.SupportsIndex,
 ) -> None:
     """
-    graph: a cudaGraph_t that computes `rows` rows from request_slot() and ends in put_answer().
+    graph: a cudaGraph_t that begins with await_rows(), computes `rows` rows from request_slot() and ends in put_answer().
+    """
+
+def await_rows(
+    runtime: Runtime,
+    owner: typing.SupportsInt | typing.SupportsIndex,
+    requester: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Enqueues the wait for the rows of a request, `bytes` in request_slot(), where it is announced before them.
     """
 
 def backend_names() -> list[str]:

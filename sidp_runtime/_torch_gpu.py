@@ -124,9 +124,10 @@ def _capture(
     stream: torch.cuda.Stream,
     memory: Any,
 ) -> torch.cuda.CUDAGraph:
-    """A graph that takes the rows of a slot (owner, requester, rows), computes the op and puts the answer."""
+    """A graph that awaits the rows of a slot (owner, requester, rows), computes the op and puts the answer."""
     owner, requester, rows = slot
-    view = _C.request_slot(core, owner, requester, rows * op.in_features * DTYPE_BYTES[op.dtype])
+    num_bytes = rows * op.in_features * DTYPE_BYTES[op.dtype]
+    view = _C.request_slot(core, owner, requester, num_bytes)
     x = from_dlpack(view).view(_torch.dtype_of(op.dtype)).view(rows, op.in_features)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     try:
@@ -135,6 +136,7 @@ def _capture(
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
+                _C.await_rows(core, owner, requester, rows, num_bytes, stream.cuda_stream)
                 y = op.function(weights, x)
                 blocks = [block.contiguous() for block in (y if isinstance(y, (tuple, list)) else (y,))]
                 sources = [(block.data_ptr(), block.nbytes) for block in blocks]

@@ -45,6 +45,11 @@ ByteView request_slot(const std::shared_ptr<Runtime>& runtime, Rank owner, Rank 
   return {rows, bytes, runtime, runtime->pool().backend().capabilities().device};
 }
 
+void await_rows(const Runtime& runtime, Rank owner, Rank requester, std::int64_t rows, ByteCount bytes,
+                std::uintptr_t stream) {
+  channel_of(runtime).await_rows({reinterpret_cast<void*>(stream)}, {owner, requester, rows}, bytes);
+}
+
 void put_answer(const Runtime& runtime, Rank owner, Rank requester, std::int64_t rows,
                 const std::vector<std::pair<std::uintptr_t, ByteCount>>& sources, std::uintptr_t stream) {
   std::vector<std::pair<const std::byte*, ByteCount>> blocks;
@@ -87,6 +92,7 @@ void wait(const OneSided&, std::uintptr_t, std::uintptr_t) { not_here(); }
 std::shared_ptr<OpKernel> graph_op(Backend&) { not_here(); }
 void add_graph(OpKernel&, Rank, Rank, std::int64_t, std::uintptr_t) { not_here(); }
 ByteView request_slot(const std::shared_ptr<Runtime>&, Rank, Rank, ByteCount) { not_here(); }
+void await_rows(const Runtime&, Rank, Rank, std::int64_t, ByteCount, std::uintptr_t) { not_here(); }
 void put_answer(const Runtime&, Rank, Rank, std::int64_t, const std::vector<std::pair<std::uintptr_t, ByteCount>>&,
                 std::uintptr_t) {
   not_here();
@@ -112,9 +118,13 @@ void bind_graphs(py::module_& m) {
   m.def("graph_op", &graph_op, py::arg("backend"), "An op that runs as captured CUDA graphs; add_graph() fills it.");
   m.def("add_graph", &add_graph, py::arg("op"), py::arg("owner"), py::arg("requester"), py::arg("rows"),
         py::arg("graph"),
-        "graph: a cudaGraph_t that computes `rows` rows from request_slot() and ends in put_answer().");
+        "graph: a cudaGraph_t that begins with await_rows(), computes `rows` rows from request_slot() and ends in "
+        "put_answer().");
   m.def("request_slot", &request_slot, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("bytes"),
         "The slot that a requester's rows come to at an owner, as mapped here.");
+  m.def("await_rows", &await_rows, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("rows"),
+        py::arg("bytes"), py::arg("stream"),
+        "Enqueues the wait for the rows of a request, `bytes` in request_slot(), where it is announced before them.");
   m.def("put_answer", &put_answer, py::arg("runtime"), py::arg("owner"), py::arg("requester"), py::arg("rows"),
         py::arg("sources"), py::arg("stream"),
         "Enqueues the answer to a request of `rows` rows, a bucket: sources are (address, bytes), one after the other "

@@ -104,7 +104,7 @@ struct ServiceOptions {
   std::uint32_t test_delay_us = 0;  // tests only: sleep before answering, to play a hung owner
 };
 
-// Requests of so many rows or less wait for their answer by a kernel of one thread, others by a stream memory
+// Requests of so many rows or less wait for their answer by a kernel of one warp, others by a stream memory
 // operation. The kernel is 4 us quicker, but no peer's op on this GPU gets its place on a multiprocessor: on two H200 a
 // CaS step of 64 tokens took 1.071 x all layers here and 1.076 x by the operation, one of 512 tokens 1.102 x and 1.077
 // x. An op that needs every multiprocessor at once (a cooperative launch) could never start beside it, and needs 0.

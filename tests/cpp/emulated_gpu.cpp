@@ -88,6 +88,7 @@ class Emulation final : public EmulatedGpu {
   void finish() override;
   void check_events() override;
   void check_streams(Workload& workload, Runtime& runtime) override;
+  void hold_rows(Workload& workload, Runtime& runtime, const std::function<void()>& meanwhile) override;
   void check_replay(Workload& workload, Runtime& runtime) override;
 
  private:
@@ -172,6 +173,8 @@ void Emulation::capture(Runtime& runtime, const std::vector<Op>& plain) {
           std::vector<std::byte>& y = answers_.emplace_back(kMostBytes);
           const std::byte* const x = channel.slot(owner, requester);
           const CUgraphExec ignored = captured([&] {
+            channel.await_rows({current_}, {owner, requester, rows},
+                               static_cast<ByteCount>(rows) * plain[o].in_row_bytes);
             enqueue([kernel, weights, x, rows, &y] { kernel->run(weights, x, rows, y.data()); });
             channel.put_answer({current_}, {owner, requester, rows},
                                {{y.data(), static_cast<ByteCount>(rows) * plain[o].out_row_bytes}});
@@ -240,6 +243,15 @@ void Emulation::check_streams(Workload& workload, Runtime& runtime) {
     workload.step(runtime, {.break_at = i % 5 == 3 ? 2 : -1}, random);
   }
   finish();
+}
+
+void Emulation::hold_rows(Workload& workload, Runtime& runtime, const std::function<void()>& meanwhile) {
+  auto* const hold = look_up<void(bool)>(cuda_, "emulator_hold_rows");
+  std::mt19937_64 random(9);
+  hold(true);
+  workload.step(runtime, {.break_at = 2}, random);
+  meanwhile();
+  hold(false);
 }
 
 void Emulation::check_replay(Workload& workload, Runtime& runtime) {

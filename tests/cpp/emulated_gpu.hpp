@@ -36,6 +36,8 @@ class EmulatedGpu {
   virtual void check_events() = 0;
   // Steps that alternate between two streams, the first of which is kept busy.
   virtual void check_streams(Workload& workload, Runtime& runtime) = 0;
+  // A step of one request, which rings and whose rows are then held back until `meanwhile` returns.
+  virtual void hold_rows(Workload& workload, Runtime& runtime, const std::function<void()>& meanwhile) = 0;
   // Steps in graphs, in both modes, between eager ones; and what replay steps refuse.
   virtual void check_replay(Workload& workload, Runtime& runtime) = 0;
 };

@@ -148,6 +148,8 @@ class RankProcess {
       workload.step(runtime, {}, random);
       gpu_->wait();
       mark("answered");
+    } else if (what == "held_rows") {
+      gpu_->hold_rows(workload, runtime, [this] { mark("rung"), await("rows"); });
     } else if (what == "ahead") {
       run_ahead(runtime);
     } else if (what == "trace_room") {
@@ -169,7 +171,7 @@ class RankProcess {
       steps(workload, runtime);
     }
     if (gpu_) gpu_->wait();
-    if (what == "steps") runtime.check();  // before what was computed is looked at
+    if (what == "steps" || what == "held_rows") runtime.check();  // before what was computed is looked at
     if (gpu_) gpu_->finish();
     if (number("linger", 0) != 0) {
       mark("waiting");
@@ -349,6 +351,7 @@ class RankProcess {
     note("rows", stats.requester.rows_sent);
     note("served", served);
     note("deferred", stats.service.deferred);
+    note("not_served", stats.service.failed);
     note("copied", copied);
     const LaneStats& lane = stats.prefetcher.lane;
     note("owners_engines", std::count(lane.owners_engines.begin(), lane.owners_engines.end(), true));

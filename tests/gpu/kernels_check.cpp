@@ -15,17 +15,10 @@
 #include <vector>
 
 #include "backends/nvshmem/one_sided.hpp"
-#include "host_memory.hpp"
+#include "check_channel.hpp"
 
 namespace sidp::nvshmem {
 namespace {
-
-using Bytes = std::vector<std::byte>;
-
-constexpr Milliseconds kDeadline{20000};
-constexpr std::byte kUntouched{0xA5};
-constexpr std::uint32_t kAnswered = 1, kNotAnswered = 2;  // as in stream_channel.cpp
-constexpr std::uint32_t kRequested = 0x80012345;
 
 // Of a request: bytes, and how far the source and the destination are from an alignment of 16.
 struct Shape {
@@ -36,9 +29,9 @@ struct Shape {
   }
 };
 
-class Check {
+class Check : CheckChannel {
  public:
-  explicit Check(bool serial) : serial_(serial) {}
+  explicit Check(bool serial) : CheckChannel(serial) {}
 
   void run() {
     std::vector<Shape> shapes;
@@ -55,88 +48,38 @@ class Check {
       take(shape, kNotAnswered, /*spun=*/true);
     }
     put_sets_its_word_last();
+    await_needs_every_flag();
     one_sided();
     turns();
     for (int i = 0; i < 20; ++i) exchange(i % 4 == 3);
-    std::printf("%zu shapes and 20 exchanges of rows are right\n", shapes.size());
+    for (int i = 0; i < 20; ++i) spun_exchange(i % 4 == 3);
+    std::printf("%zu shapes and 40 exchanges of rows are right\n", shapes.size());
   }
 
  private:
-  // Words in host memory, a line each, and the counters that the kernels keep.
-  enum : ByteCount {
-    kRequest = 0,
-    kReply = 64,
-    kFailed = 128,
-    kCountsHost = 192,
-    kTurn = 256,
-    kLaunched = 264,
-    kServedHost = 272,
-    kAnsweredHost = 280
-  };
-
-  [[nodiscard]] std::uint32_t word(ByteCount at) const { return words_.word<std::uint32_t>(at).load(); }
-  void set(ByteCount at, std::uint32_t value) const { words_.word<std::uint32_t>(at).store(value); }
-
-  void await(ByteCount at, std::uint32_t value, const std::string& what) const {
-    const auto start = Clock::now();
-    while (word(at) != value) require(Clock::now() - start < kDeadline, what + ": its word was not set");
-  }
-
-  void copy(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes) const {
-    if (bytes == 0) return;
-    device_.check(device_.api().cuMemcpyAsync(dst, src, bytes, engine_.get()), "cuMemcpyAsync");
-    engine_.synchronize();
-  }
-
-  // Bytes that differ from their neighbours, and from one call to the next.
-  Bytes pattern(ByteCount bytes) {
-    Bytes made(bytes);
-    std::uint32_t x = ++seed_ * 2654435761U;
-    for (std::byte& b : made) b = static_cast<std::byte>((x = x * 1664525U + 1013904223U) >> 24);
-    return made;
-  }
-
-  // Device memory that ends with the last byte of `content`, so that a tool sees every access behind it.
-  struct Filled {
-    Filled(const Check& check, ByteCount offset, const Bytes& content)
-        : memory(check.device_, std::max(offset + content.size(), ByteCount{1}), "rows"), at(memory.at(offset)) {
-      const HostMemory staging(check.device_, content.size());
-      std::copy(content.begin(), content.end(), staging.data());
-      check.copy(at, staging.at(0), content.size());
-    }
-    DeviceBuffer memory;
-    CUdeviceptr at;
-  };
-
-  // As Filled, with 64 bytes on either side that must stay as they were.
-  struct Guarded {
-    Guarded(const Check& check, ByteCount offset, ByteCount bytes)
-        : owner(check), front(64 + offset), size(bytes), filled(check, 0, Bytes(front + bytes + 64, kUntouched)) {}
-    [[nodiscard]] CUdeviceptr at() const { return filled.at + front; }
-    void expect(const Bytes& content, const std::string& what) const {
-      Bytes expected(front + size + 64, kUntouched);
-      std::copy(content.begin(), content.end(), expected.begin() + static_cast<std::ptrdiff_t>(front));
-      const HostMemory staging(owner.device_, expected.size());
-      owner.copy(staging.at(0), filled.at, expected.size());
-      const auto wrong = std::mismatch(expected.begin(), expected.end(), staging.data()).first - expected.begin();
-      require(wrong == std::ssize(expected),
-              what + ": wrong byte at " + std::to_string(wrong - static_cast<std::ptrdiff_t>(front)));
-    }
-    const Check& owner;
-    ByteCount front, size;
-    Filled filled;
-  };
-
-  void expect_finished(const std::string& what) const {
-    const HostMemory staging(device_, 64);
-    for (const DeviceBuffer* counter : {&finished_, &finished_take_}) {
-      copy(staging.at(0), counter->at(0), 4);
-      require(staging.word<std::uint32_t>(0).load() == 0, what + ": its block counter is not back at 0");
-    }
-  }
-
   void put(const Shape& shape) {
     const std::string what = "put of " + shape.text();
+    for (const unsigned blocks : {0U, 1U, Kernels::kMaxBlocks})
+      for (const bool withheld : {false, true}) {
+        const Bytes rows = pattern(shape.bytes);
+        const Filled src(*this, shape.src_offset, rows);
+        const Guarded dst(*this, shape.dst_offset, shape.bytes);
+        set(kRequest, 0);
+        set_flags(block_flags_, 0);
+        set_verdict(kWithheld, withheld ? 1 : 0);
+        kernels_.put(engine_.get(), dst.at(), src.at, shape.bytes,
+                     {.word = words_.at(kRequest),
+                      .value = kRequested,
+                      .finished = finished_.at(0),
+                      .block_flags = block_flags_.at(0),
+                      .blocks = blocks,
+                      .withheld = verdicts_.at(kWithheld)});
+        engine_.synchronize();
+        dst.expect(rows, what + " in blocks");
+        require(word(kRequest) == kRequested, what + " in blocks: wrong word");
+        const unsigned launched = blocks != 0 ? blocks : Kernels::blocks_for(shape.bytes);
+        expect_flags(block_flags_, withheld ? 0 : launched, what + " in blocks");
+      }
     for (const bool with_word : {true, false}) {
       const Bytes rows = pattern(shape.bytes);
       const Filled src(*this, shape.src_offset, rows);
@@ -152,52 +95,6 @@ class Check {
     expect_finished(what);
   }
 
-  void launch_put(const DeviceStream& stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr word,
-                  std::uint32_t value = kRequested) const {
-    const bool service = &stream == &service_;
-    kernels_.put(stream.get(), dst, src, bytes,
-                 {.word = word,
-                  .value = value,
-                  .finished = (service ? finished_service_ : finished_).at(0),
-                  .turn = service ? 0 : words_.at(kTurn),
-                  .served = service && word != 0 ? served_.at(0) : 0,
-                  .served_host = words_.at(kServedHost)});
-  }
-
-  // spun: by a kernel that waits for the flag on the device.
-  void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows, bool turn = false,
-                   bool spun = false) {
-    if (spun) kernels_.await(engine_.get(), flag_.at(0), words_.at(kReply), words_.at(kFailed));
-    kernels_.take(engine_.get(), dst, src, bytes,
-                  {.flag = words_.at(kReply),
-                   .device_flag = spun ? flag_.at(0) : 0,
-                   .request = words_.at(kRequest),
-                   .sent_rows = rows,
-                   .sent_bytes = bytes,
-                   .counts = counts_.at(0),
-                   .counts_host = words_.at(kCountsHost),
-                   .failed_host = words_.at(kFailed),
-                   .finished = finished_take_.at(0),
-                   .number = ++number_,
-                   .answered_host = words_.at(kAnsweredHost),
-                   .turn = turn ? turn_words() : Kernels::TurnWords{}});
-    expected_[0] += 1, expected_[1] += rows, expected_[2] += bytes;
-  }
-
-  void expect_taken(bool answered, const std::string& what) {
-    require(word(kReply) == 0, what + ": the reply flag is not free again");
-    require(word(kRequest) == 0, what + ": the request word is not free again");
-    require(words_.word<std::uint64_t>(kFailed).exchange(0) == (answered ? 0 : 1), what + ": wrong word of failure");
-    const HostMemory staging(device_, 64);
-    copy(staging.at(0), counts_.at(0), sizeof(expected_));
-    for (std::size_t i = 0; i < 3; ++i)
-      require(words_.word<std::uint64_t>(kCountsHost + i * 8).load() == expected_[i] &&
-                  staging.word<std::uint64_t>(i * 8).load() == expected_[i],
-              what + ": wrong counts");
-    require(words_.word<std::uint64_t>(kAnsweredHost).load() == number_, what + ": wrong number of the answer");
-    expect_finished(what);
-  }
-
   void take(const Shape& shape, std::uint32_t reply, bool spun = false) {
     const std::string what =
         "take of " + shape.text() + (reply == kAnswered ? "" : " that were not answered") + (spun ? ", spun for" : "");
@@ -206,20 +103,21 @@ class Check {
     const Guarded dst(*this, shape.dst_offset, shape.bytes);
     set(kRequest, kRequested & 0x7FFFFFFF);
     if (!spun) set(kReply, reply);
-    const auto begin = [&] { launch_take(dst.at(), src.at, shape.bytes, 3, false, spun); };
+    const unsigned blocks = spun ? 1 + seed() % Kernels::kMaxBlocks : 0;
+    set_flags(block_flags_, blocks);
+    set_verdict(kUnanswered, 0);
+    set_verdict(kWithheld, 0);
+    const auto begin = [&] { launch_take(dst.at(), src.at, shape.bytes, 3, false, blocks); };
     if (spun && !serial_) begin();  // and then it waits
     if (spun && reply == kAnswered)
-      launch_put(service_, dst.at(), src.at, 0, flag_.at(0), kAnswered);
+      launch_put(service_, dst.at(), src.at, 0, 0, 0, reply_flags_.at(0), blocks);
     else
       set(kReply, reply);
     service_.synchronize();
     if (!spun || serial_) begin();
     engine_.synchronize();
-    if (spun) {
-      const HostMemory staging(device_, 64);
-      copy(staging.at(0), flag_.at(0), 4);
-      require(staging.word<std::uint32_t>(0).load() == 0, what + ": the flag on the device is not free again");
-    }
+    expect_flags(reply_flags_, 0, what + ", reply flags");
+    expect_flags(block_flags_, reply == kAnswered ? 0 : blocks, what + ", flags of the request");
     if (reply == kAnswered) dst.expect(rows, what);
     expect_taken(reply == kAnswered, what);
   }
@@ -237,11 +135,48 @@ class Check {
       require(std::equal(rows.begin(), rows.end(), dst.data()), "put into host memory: its word came before its bytes");
       engine_.synchronize();
     }
+    expect_block_flags_last();
     set(kRequest, 0);
   }
 
-  [[nodiscard]] Kernels::TurnWords turn_words() const {
-    return {.turn = words_.at(kTurn), .launched_host = words_.at(kLaunched), .served = served_.at(0)};
+  // With flags in host memory: each block's, and then at once every byte.
+  void expect_block_flags_last() {
+    constexpr ByteCount kBytes = 655363;
+    const HostMemory dst(device_, kBytes), flags(device_, kFlagBytes);
+    for (int i = 0; i < 20; ++i) {
+      const Bytes rows = pattern(kBytes);
+      const Filled src(*this, 0, rows);
+      std::memset(flags.data(), 0, kFlagBytes);
+      launch_put(engine_, dst.at(0), src.at, kBytes, words_.at(kRequest), kRequested, flags.at(0));
+      const auto start = Clock::now();
+      for (unsigned block = 0; block < Kernels::kMaxBlocks; ++block)
+        while (flags.word<std::uint32_t>(block * 4).load() == 0)
+          require(Clock::now() - start < kDeadline, "put into host memory: a block's flag was not set");
+      require(std::equal(rows.begin(), rows.end(), dst.data()), "put into host memory: a flag came before its bytes");
+      engine_.synchronize();
+    }
+  }
+
+  // A wait for three blocks goes on with the third, whichever comes last.
+  void await_needs_every_flag() {
+    for (unsigned missing = 0; missing < 3; ++missing) {
+      const HostMemory one(device_, 4);
+      one.word<std::uint32_t>(0) = 1;
+      const std::uint32_t some[] = {missing != 0, missing != 1, missing != 2};
+      write(reply_flags_.at(0), some, sizeof some);
+      set_verdict(kUnanswered, 0);
+      if (!serial_) {
+        launch_await(engine_, reply_flags_, 3, kUnanswered, /*resets=*/true);
+        std::this_thread::sleep_for(Milliseconds(2));
+        require(!engine_.idle(), "a wait ended although a block's flag was not set");
+      }
+      device_.check(device_.api().cuMemcpyAsync(reply_flags_.at(4 * missing), one.at(0), 4, service_.get()), "copy");
+      service_.synchronize();
+      if (serial_) launch_await(engine_, reply_flags_, 3, kUnanswered, /*resets=*/true);
+      engine_.synchronize();
+      expect_flags(reply_flags_, 0, "a wait for three blocks");
+      require(!verdict(kUnanswered), "a wait that was not released says so");
+    }
   }
 
   // Rows to and fro, each way a put and a wait that resets its flag; then a wait that the host ends.
@@ -354,22 +289,51 @@ class Check {
     expect_taken(!released, what);
   }
 
-  bool serial_;
-  Device device_{0};
-  ContextScope scope_{device_};
-  Kernels kernels_{device_};
-  DeviceStream engine_{device_, DeviceStream::Priority::kDefault};
-  DeviceStream service_{device_, DeviceStream::Priority::kService};
-  HostMemory words_{device_, kPage};
-  DeviceBuffer finished_{device_, 4, "words"};
-  DeviceBuffer finished_take_{device_, 4, "words"};
-  DeviceBuffer finished_service_{device_, 4, "words"};
-  DeviceBuffer counts_{device_, 24, "words"};
-  DeviceBuffer served_{device_, 8, "words"};
-  DeviceBuffer flag_{device_, 4, "words"};
-  std::uint64_t expected_[3] = {};
-  std::uint64_t number_ = 0;  // of the last answer
-  std::uint32_t seed_ = 0;
+  // The same with the bell before the rows, in blocks; or the host ends the wait for the rows: no answer, and then for
+  // it.
+  void spun_exchange(bool released) {
+    const std::string what = released ? "spun request that the host released" : "spun exchange";
+    constexpr ByteCount kRows = 64, kFirst = 32 * 5120, kBytes = kRows * 5120 * 2;
+    const unsigned blocks = Kernels::blocks_for(kBytes);
+    const Bytes x = pattern(kBytes);
+    const Filled rows(*this, 0, x);
+    const Guarded slot(*this, 0, kBytes), reply(*this, 0, kBytes), y(*this, 0, kBytes);
+    set_verdict(kUnanswered, 0);
+    set_verdict(kWithheld, 0);
+    const auto ask = [&] {
+      if (!released)
+        launch_put(engine_, slot.at(), rows.at, kBytes, words_.at(kRequest), kRequested, block_flags_.at(0));
+      else
+        set(kRequest, kRequested);  // and its rows never come
+    };
+    const auto answer = [&] {
+      launch_await(service_, block_flags_, blocks, kWithheld);
+      launch_put(service_, reply.at(), slot.at(), kFirst, 0);
+      launch_put(service_, reply.at() + kFirst, slot.at() + kFirst, kBytes - kFirst, 0, 0, reply_flags_.at(0), blocks);
+    };
+    ask();
+    if (!serial_) launch_take(y.at(), reply.at(), kBytes, kRows, false, blocks);
+    await(kRequest, kRequested, what);
+    set(kRequest, kRequested & 0x7FFFFFFF);  // taken
+    if (!serial_) answer();
+    if (released) {
+      std::this_thread::sleep_for(Milliseconds(5));
+      require(serial_ || !service_.idle(), what + ": its op did not wait for the rows");
+      set(kReleased, 1);
+      set(kReply, kNotAnswered);
+    }
+    if (serial_) answer();
+    if (serial_) launch_take(y.at(), reply.at(), kBytes, kRows, false, blocks);
+    engine_.synchronize();
+    service_.synchronize();
+    require(verdict(kWithheld) == released && verdict(kUnanswered) == released, what + ": wrong verdicts");
+    if (!released) slot.expect(x, what + ", request slot");
+    if (!released) y.expect(x, what);
+    expect_flags(block_flags_, 0, what + ", flags of the request");
+    expect_flags(reply_flags_, 0, what + ", reply flags");
+    set(kReleased, 0);
+    expect_taken(!released, what);
+  }
 };
 
 }  // namespace

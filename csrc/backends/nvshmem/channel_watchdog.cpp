@@ -1,4 +1,5 @@
-// The watch over a channel's own requests: who answers one whose owner died or hangs, and when it is given up.
+// What goes wrong with requests. The watch over a channel's own ones: who answers one whose owner died or hangs, and
+// when it is given up; and over the rows that others' have still to bring.
 #include <string>
 
 #include "stream_channel.hpp"
@@ -80,8 +81,49 @@ void StreamChannel::give_up_on(Rank owner, const std::string& what) {
   not_answered(rank_, owner);
 }
 
+// A graph of this rank's service may wait for the rows of a request, and all others wait behind it. They come in some
+// microseconds, unless the requester's process ended or its GPU hangs. Its requests are not answered any more then: a
+// living one hears that at its own deadline. Makes no CUDA call, as watch().
+void StreamChannel::watch_rows(Rank requester) {
+  InWork& work = in_work_[static_cast<std::size_t>(requester)];
+  const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
+  if (word == 0 || (word & Request::kWaiting) != 0 || !spins(Request::from(word).rows)) return work.since.reset();
+  const std::uint64_t served = served_by_peer_[static_cast<std::size_t>(requester)].load(std::memory_order_relaxed);
+  const auto now = Clock::now();
+  if (!work.since || work.served != served) work = {served, now};
+  const auto waited = now - *work.since;
+  if (waited < kLivenessCheck || host_.load(given_up_index(requester)) != 0) return;
+  if (waited < options_.deadline && pool_.backend().alive(requester)) return;
+  served_failed_.fetch_add(1, std::memory_order_relaxed);
+  host_.store(given_up_index(requester), 1);
+}
+
+void StreamChannel::give_up() noexcept {
+  host_.store(given_up_index(rank_), 1);  // nor does a stand-in wait for rows
+  void_.store(true);
+}
+
 void StreamChannel::not_answered(Rank requester, Rank owner) {
   atomic(memory_.reply(requester, owner).host).store(kNotAnswered, std::memory_order_release);
+}
+
+void StreamChannel::record(Error error) {
+  const std::lock_guard lock(mutex_);
+  if (!failure_) failure_ = std::move(error);
+}
+
+void StreamChannel::check() const {
+  const std::lock_guard lock(mutex_);
+  if (failure_) throw *failure_;
+  if (host_.load(index(HostWord::kFailed)) != 0)
+    throw Error(ErrorCode::kRemoteOp,
+                "an owner could not launch an op for rank " + std::to_string(rank_) +
+                    "; the results of that step are void. The owner's check() says why",
+                {.rank = rank_});
+}
+
+bool StreamChannel::available(Rank owner) const {
+  return !gave_up_[static_cast<std::size_t>(owner)].load(std::memory_order_relaxed) && pool_.backend().alive(owner);
 }
 
 }  // namespace sidp::nvshmem

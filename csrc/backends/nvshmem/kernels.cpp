@@ -14,13 +14,14 @@ namespace {
 
 constexpr unsigned kThreads = 512;
 constexpr ByteCount kBytesPerBlock = ByteCount{kThreads} * 16;  // one 16-byte load a thread
-constexpr unsigned kMaxBlocks = 32;                             // a quarter of an H200: the rest computes on
-
-unsigned blocks_for(ByteCount bytes) {
-  return static_cast<unsigned>(std::clamp<ByteCount>((bytes + kBytesPerBlock - 1) / kBytesPerBlock, 1, kMaxBlocks));
-}
+constexpr unsigned kWarp = 32;
+static_assert(Kernels::kMaxBlocks == kWarp, "a thread looks after the flag of one block");
 
 }  // namespace
+
+unsigned Kernels::blocks_for(ByteCount bytes) {
+  return static_cast<unsigned>(std::clamp<ByteCount>((bytes + kBytesPerBlock - 1) / kBytesPerBlock, 1, kMaxBlocks));
+}
 
 // Loaded once and kept as long as the process lives: see csrc/DESIGN.md, "What a runtime does not free".
 const Kernels::Functions& Kernels::functions(const Device& device) {
@@ -69,20 +70,30 @@ void Kernels::launch(CUfunction kernel, unsigned blocks, unsigned threads, CUstr
 
 void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const {
   PutWords w = words;
-  void* arguments[] = {&dst, &src, &bytes, &w.word, &w.value, &w.finished, &w.turn, &w.served, &w.served_host};
-  launch(functions_.put, blocks_for(bytes), kThreads, stream, arguments, "sidp_put");
+  void* arguments[] = {&dst,           &src,        &bytes,  &w.word,   &w.value,      &w.finished,
+                       &w.block_flags, &w.withheld, &w.turn, &w.served, &w.served_host};
+  launch(functions_.put, w.blocks != 0 ? w.blocks : blocks_for(bytes), kThreads, stream, arguments, "sidp_put");
 }
 
 void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
   TakeWords w = words;
-  void* arguments[] = {&dst,           &src,
-                       &bytes,         &w.flag,
-                       &w.device_flag, &w.request,
-                       &w.sent_rows,   &w.sent_bytes,
-                       &w.counts,      &w.counts_host,
-                       &w.failed_host, &w.finished,
-                       &w.turn.turn,   &w.turn.launched_host,
-                       &w.turn.served, &w.answered_host,
+  void* arguments[] = {&dst,
+                       &src,
+                       &bytes,
+                       &w.flag,
+                       &w.rows_flags,
+                       &w.unanswered,
+                       &w.request,
+                       &w.sent_rows,
+                       &w.sent_bytes,
+                       &w.counts,
+                       &w.counts_host,
+                       &w.failed_host,
+                       &w.finished,
+                       &w.turn.turn,
+                       &w.turn.launched_host,
+                       &w.turn.served,
+                       &w.answered_host,
                        &w.number};
   launch(functions_.take, blocks_for(bytes), kThreads, stream, arguments, "sidp_take");
 }
@@ -93,11 +104,11 @@ void Kernels::turn(CUstream stream, const TurnWords& words) const {
   launch(functions_.turn, 1, 1, stream, arguments, "sidp_turn");
 }
 
-void Kernels::await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host,
-                    bool resets) const {
-  unsigned reset = resets ? 1 : 0;
-  void* arguments[] = {&flag, &released, &failed_host, &reset};
-  launch(functions_.await, 1, 1, stream, arguments, "sidp_await");
+void Kernels::await(CUstream stream, const AwaitWords& words) const {
+  AwaitWords w = words;
+  unsigned reset = w.resets ? 1 : 0;
+  void* arguments[] = {&w.flags, &w.count, &w.released, &w.failed, &reset};
+  launch(functions_.await, 1, kWarp, stream, arguments, "sidp_await");
 }
 
 }  // namespace sidp::nvshmem

@@ -84,6 +84,8 @@ __device__ inline bool last_to_finish(unsigned* finished) {
   return true;
 }
 
+constexpr unsigned kWarp = 0xFFFFFFFF;
+
 // What a requester has had answered by one owner.
 struct Counts {
   std::uint64_t answers, rows, bytes;
@@ -91,38 +93,56 @@ struct Counts {
 
 }  // namespace
 
-// Copies rows to another GPU, or to the own one, and then sets a word there; word may be null. turn: of this rank's
-// engine, which ends here (or null). served, served_host: the service's count of answers, on the device and for the
-// host, which this one adds to (or null).
+// Copies rows to another GPU, or to the own one, and then sets a word there; word may be null. block_flags (or null):
+// each block sets the one of its number when it has copied, so no block waits for another; `word` is then set first, as
+// a bell. withheld (or null): if it is not 0, no flag is set. turn: of this rank's engine, which ends here (or null).
+// served, served_host: the service's count of answers, on the device and for the host, which this one adds to (or
+// null).
 extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* word,
-                                    std::uint32_t value, unsigned* finished, std::uint64_t* turn, std::uint64_t* served,
+                                    std::uint32_t value, unsigned* finished, std::uint32_t* block_flags,
+                                    const std::uint64_t* withheld, std::uint64_t* turn, std::uint64_t* served,
                                     std::uint64_t* served_host) {
   wait_for_predecessor();
-  if (turn != nullptr && blockIdx.x == 0 && threadIdx.x == 0) store(turn, 0);
+  const std::uint64_t withholds = withheld != nullptr && threadIdx.x == 0 ? load(withheld) : 0;  // on its way meanwhile
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (word != nullptr && block_flags != nullptr) store(word, value);
+    if (turn != nullptr) store(turn, 0);
+  }
   copy_bytes(dst, src, bytes);
-  if (!last_to_finish<__threadfence_system>(finished)) return;
-  if (word != nullptr) store(word, value);
-  if (served == nullptr) return;
+  if (block_flags != nullptr) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence_system();  // of what the whole block copied (PTX memory model: bar.sync, fence.sys, then a store)
+    if (withholds == 0) store(block_flags + blockIdx.x, 1);
+    if (served == nullptr || atomicInc(finished, gridDim.x - 1) != gridDim.x - 1) return;
+  } else {
+    if (!last_to_finish<__threadfence_system>(finished)) return;
+    if (word != nullptr) store(word, value);
+    if (served == nullptr) return;
+  }
   const std::uint64_t count = *served + 1;
   store(served, count);
   store(served_host, count);
 }
 
-// Waits for an answer's flag on the device, or for the host's release (the other word): then failed_host says so. One
-// thread, as it holds its place on a multiprocessor while others compute. The fence makes the relaxed load an acquire
-// (PTX memory model), and the end of the kernel hands that on to what follows. reset: whether the flag is set to 0
-// here.
-extern "C" __global__ void sidp_await(std::uint32_t* flag, const std::uint32_t* released, std::uint64_t* failed_host,
-                                      unsigned reset) {
+// Waits until `count` flags on the device are set, or for the host's release (the other word): then `failed` says so,
+// and stays so. One warp, a flag each, as it holds its place on a multiprocessor while others compute. The fences make
+// the relaxed loads acquires (PTX memory model), and the end of the kernel hands that on to what follows. reset:
+// whether the flags are set to 0 here.
+extern "C" __global__ void sidp_await(std::uint32_t* flags, unsigned count, const std::uint32_t* released,
+                                      std::uint64_t* failed, unsigned reset) {
   wait_for_predecessor();
+  const bool has_flag = threadIdx.x < count;
   for (;;) {
     for (int i = 0; i < 64; ++i) {  // a look at the host takes as long as many at the device
-      if (load(flag) == 0) continue;
+      if (!__all_sync(kWarp, !has_flag || load(flags + threadIdx.x) != 0)) continue;
       __threadfence_system();
-      if (reset != 0) store(flag, 0);
+      if (has_flag && reset != 0) store(flags + threadIdx.x, 0);
       return;
     }
-    if (load(released) != 0) return store(failed_host, 1);
+    if (!__any_sync(kWarp, load(released) != 0)) continue;
+    if (threadIdx.x == 0) store(failed, 1);
+    return;
   }
 }
 
@@ -135,26 +155,32 @@ extern "C" __global__ void sidp_turn(std::uint64_t* turn, const std::uint64_t* l
 }
 
 // Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or
-// 2, no answer: then the copy is of no use, and failed_host says so. Or it was sidp_await that waited, for device_flag,
-// and said so. request: the requester's word at the owner, set back to 0. sent_rows, sent_bytes: of the request, for
-// the counts, which are kept on the device and copied to the host. turn: the engine's, which it takes here because a
-// layer of its own comes next (or null). number: of the answer, which answered_host (or null) is set to.
+// 2, no answer: then the copy is of no use, and failed_host says so. Or, where unanswered is not null, it was
+// sidp_await that waited and said there if it failed; rows_flags, of the request's put at the owner, are then left as
+// they are, so that no op waits for them, and else set back to 0. request: the requester's word at the owner, set back
+// to 0. sent_rows, sent_bytes: of the request, for the counts, which are kept on the device and copied to the host.
+// turn: the engine's, which it takes here because a layer of its own comes next (or null). number: of the answer, which
+// answered_host (or null) is set to.
 extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
-                                     std::uint32_t* device_flag, std::uint32_t* request, std::uint64_t sent_rows,
-                                     std::uint64_t sent_bytes, Counts* counts, Counts* counts_host,
-                                     std::uint64_t* failed_host, unsigned* finished, std::uint64_t* turn,
-                                     const std::uint64_t* launched_host, const std::uint64_t* served,
-                                     std::uint64_t* answered_host, std::uint64_t number) {
+                                     std::uint32_t* rows_flags, const std::uint64_t* unanswered, std::uint32_t* request,
+                                     std::uint64_t sent_rows, std::uint64_t sent_bytes, Counts* counts,
+                                     Counts* counts_host, std::uint64_t* failed_host, unsigned* finished,
+                                     std::uint64_t* turn, const std::uint64_t* launched_host,
+                                     const std::uint64_t* served, std::uint64_t* answered_host, std::uint64_t number) {
   wait_for_predecessor();
   const bool looks = blockIdx.x == 0 && threadIdx.x == 0;
   if (looks && turn != nullptr) store(turn, 1);
-  const std::uint32_t state = looks && device_flag == nullptr ? load(flag) : 1;  // on its way while this thread copies
-  const std::uint64_t launched = looks && turn != nullptr ? load(launched_host) : 0;  // likewise
+  const std::uint32_t state = looks && unanswered == nullptr ? load(flag) : 1;  // on its way while this thread copies
+  const std::uint64_t failed = threadIdx.x == 0 && unanswered != nullptr ? load(unanswered) : 0;  // likewise
+  const std::uint64_t launched = looks && turn != nullptr ? load(launched_host) : 0;              // likewise
   copy_bytes(dst, src, bytes);
   if (state != 1) store(failed_host, 1);
   if (last_to_finish<__threadfence>(finished)) {
     store(flag, 0);
-    if (device_flag != nullptr) store(device_flag, 0);
+    if (failed != 0)
+      store(failed_host, 1);
+    else if (rows_flags != nullptr)
+      for (int i = 0; i < 8; ++i) reinterpret_cast<uint4*>(rows_flags)[i] = uint4{};  // a line
     store(request, 0);
     const Counts now{counts->answers + 1, counts->rows + sent_rows, counts->bytes + sent_bytes};
     *counts = now;

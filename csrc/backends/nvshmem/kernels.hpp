@@ -17,28 +17,41 @@ class Kernels {
     CUdeviceptr launched_host;  // answers that the service has launched, in host memory
     CUdeviceptr served;         // of these the ones that were put, on the device
   };
+  // Blocks of a put or take, which have a flag of 32 bits each where no block shall wait for another.
+  static constexpr unsigned kMaxBlocks = 32;  // a quarter of an H200: the rest computes on
+  static unsigned blocks_for(ByteCount bytes);
+
   struct PutWords {
     CUdeviceptr word;             // set once all bytes are there
     std::uint32_t value;          // to this
     CUdeviceptr finished;         // a zeroed word for this kernel's blocks; only one launch at a time may use it
+    CUdeviceptr block_flags = 0;  // each set to 1 once its block's bytes are there; `word` is then set before all bytes
+    unsigned blocks = 0;          // to launch; 0: as the bytes want
+    CUdeviceptr withheld = 0;     // on the device, 64 bits: while it is not 0, block flags are not set
     CUdeviceptr turn = 0;         // of the engine, which ends
     CUdeviceptr served = 0;       // count of answers, on the device, and
     CUdeviceptr served_host = 0;  // for the host
   };
-  // Copies `bytes` and then sets words; all but `finished` may be 0.
+  // Copies `bytes` and sets words; all but `finished` may be 0.
   void put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const;
 
-  // Waits, as one thread, for a flag on the device, or for the host's release: then failed_host is set. resets: the
-  // flag is set back to 0; else the take that follows does it.
-  void await(CUstream stream, CUdeviceptr flag, CUdeviceptr released, CUdeviceptr failed_host,
-             bool resets = false) const;
+  struct AwaitWords {
+    CUdeviceptr flags;     // on the device, of a put's blocks
+    unsigned count;        // of blocks, at most kMaxBlocks
+    CUdeviceptr released;  // by the host, in host memory
+    CUdeviceptr failed;    // set to 1 then; 64 bits
+    bool resets = false;   // flags are set back to 0, unless released
+  };
+  // Waits, as one warp, for flags on the device, or for the host's release.
+  void await(CUstream stream, const AwaitWords& words) const;
 
   // Begins the engine's turn: what follows on the stream waits for the services that were launched before.
   void turn(CUstream stream, const TurnWords& words) const;
 
   struct TakeWords {
     CUdeviceptr flag;           // of the answer or the host's release, in host memory
-    CUdeviceptr device_flag;    // of the answer, which await() has seen; or 0: it is in `flag`
+    CUdeviceptr rows_flags;     // of the request's put at the owner, and
+    CUdeviceptr unanswered;     // what await() set if it failed; both 0 if it was the stream that waited for `flag`
     CUdeviceptr request;        // the requester's word at the owner, in host memory
     std::uint64_t sent_rows;    // of the request, for the counts
     std::uint64_t sent_bytes;   // likewise

@@ -15,7 +15,8 @@ namespace sidp::nvshmem {
 
 namespace {
 
-constexpr ByteCount kFlagStride = 64;                         // a line each, so that neighbours do not share
+constexpr ByteCount kFlagStride = 128;  // a line of a GPU's cache each; also room for a word for each block of a put
+static_assert(kFlagStride >= Kernels::kMaxBlocks * sizeof(std::uint32_t));
 constexpr ByteCount kHeapGranularity = ByteCount{512} << 20;  // NVSHMEM grows its heap by multiples of this
 
 class NvshmemBuffer final : public SymmetricBuffer {
@@ -199,7 +200,8 @@ std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool
   const ChannelMemory memory{
       .request = [this, &pool](Rank owner, Rank requester) { return host_word({owner, pool.request_flag(requester)}); },
       .reply = [this, &pool](Rank requester, Rank owner) { return host_word({requester, pool.reply_flag(owner)}); },
-      .device_reply = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
+      .rows_flags = [this, &pool](Rank owner, Rank requester) { return flag({owner, pool.request_flag(requester)}); },
+      .reply_flags = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
   };
   return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options, in_use_);
 }

@@ -15,7 +15,11 @@ void OneSided::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount 
 
 void OneSided::wait(CUstream stream, CUdeviceptr flag) const {
   const ContextScope scope(*device_);
-  kernels_.await(stream, flag, words_.on_device(kReleased), words_.on_device(kFailed), /*resets=*/true);
+  kernels_.await(stream, {.flags = flag,
+                          .count = 1,
+                          .released = words_.on_device(kReleased),
+                          .failed = words_.on_device(kFailed),
+                          .resets = true});
 }
 
 }  // namespace sidp::nvshmem

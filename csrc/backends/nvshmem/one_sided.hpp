@@ -20,7 +20,7 @@ class OneSided {
   // Copies `bytes` from memory of this GPU to memory that is mapped here, then sets the 32 bits of `flag` there to 1.
   // The flag is seen after the bytes. Puts of one object follow each other on one stream.
   void put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr flag) const;
-  // The stream waits, by a kernel of one thread, until a flag in this GPU's memory is not 0, and sets it to 0.
+  // The stream waits, by a kernel of one warp, until a flag in this GPU's memory is not 0, and sets it to 0.
   void wait(CUstream stream, CUdeviceptr flag) const;
   // From any thread, without a CUDA call: waits end, those that are enqueued and later ones, and failed() says so once
   // one has. For a peer that died: no wait here ends by itself.

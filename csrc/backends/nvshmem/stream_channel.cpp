@@ -36,8 +36,8 @@ Request Request::from(std::uint32_t word) {
   return {static_cast<LayerIndex>(word >> 19 & 0xFFF), static_cast<OpIndex>(word >> 13 & 0x3F), word & 0x1FFF};
 }
 
-// Lines of words on the device: counts of answers by owner, block counters of the engine's put and take by owner, block
-// counter of the service's puts, count of its answers.
+// Lines of words on the device: kCounts by rank, block counters of the engine's put and take by owner, block counter of
+// the service's puts, count of its answers, whether a request of this rank was not answered.
 StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox,
                              ChannelMemory memory, const ChannelOptions& options,
                              const std::shared_ptr<const bool>& kept)
@@ -50,9 +50,10 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       world_size_(pool.backend().world_size()),
       kernels_(*device_),
       host_(device_, index(HostWord::kNumWords), kept),
-      words_(device_, (3 * static_cast<ByteCount>(world_size_) + 2) * 64, kept),
+      words_(device_, (3 * static_cast<ByteCount>(world_size_) + 3) * 64, kept),
       service_stream_(device_),
       watches_(static_cast<std::size_t>(world_size_)),
+      in_work_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
       stand_ins_(static_cast<std::size_t>(world_size_)),
       run_ahead_(host_, index(HostWord::kAnswered), options_.deadline),
@@ -85,8 +86,11 @@ void StreamChannel::start() {
   watch_thread_ = std::thread([this] {
     ::pthread_setname_np(::pthread_self(), "sidp-watch");
     while (!stop_.load(std::memory_order_relaxed)) {
-      for (Rank owner = 0; owner < world_size_; ++owner)
-        if (owner != rank_) watch(owner);
+      for (Rank peer = 0; peer < world_size_; ++peer) {
+        if (peer == rank_) continue;
+        watch(peer);
+        watch_rows(peer);
+      }
       std::this_thread::sleep_for(kWatchPause);
     }
   });
@@ -99,8 +103,10 @@ bool StreamChannel::stop() noexcept {
   thread_.join();
   watch_thread_.join();
   const auto start = Clock::now();
-  while (!service_stream_.idle() && Clock::now() - start < kStopDeadline)  // answers under way still arrive
+  while (!service_stream_.idle() && Clock::now() - start < kStopDeadline) {  // answers under way still arrive
+    for (Rank peer = 0; peer < world_size_; ++peer) watch_rows(peer);
     std::this_thread::sleep_for(kNap);
+  }
   return service_stream_.idle();
 }
 
@@ -112,19 +118,32 @@ const std::byte* StreamChannel::slot(Rank owner, Rank requester) const {
   return mailbox_.buffer().peer(owner) + mailbox_.request_offset(requester) + kAlignment;
 }
 
+void StreamChannel::await_rows(Stream stream, const GraphOp::Key& request, ByteCount bytes) const {
+  if (!spins(request.rows)) return;  // its word is set when they are there
+  const ContextScope scope(*device_);
+  kernels_.await(static_cast<CUstream>(stream.handle), {.flags = memory_.rows_flags(request.owner, request.requester),
+                                                        .count = Kernels::blocks_for(bytes),
+                                                        .released = host_.on_device(given_up_index(request.requester)),
+                                                        .failed = withheld_word(request.requester)});
+}
+
 void StreamChannel::put_answer(Stream stream, const GraphOp::Key& request,
                                const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const {
   const auto [owner, requester, rows] = request;
   const ContextScope scope(*device_);
-  const CUdeviceptr spun_on = spun_flag(requester, owner, rows);
-  const CUdeviceptr flag = spun_on != 0 ? spun_on : memory_.reply(requester, owner).device;
+  const bool spun = spins(rows);
+  ByteCount bytes = 0;
+  for (const auto& [source, source_bytes] : sources) bytes += source_bytes;
   CUdeviceptr dst = device_pointer(mailbox_.buffer().peer(requester) + mailbox_.reply_offset(owner) + kAlignment);
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const bool last = i + 1 == sources.size();
     kernels_.put(static_cast<CUstream>(stream.handle), dst, device_pointer(sources[i].first), sources[i].second,
-                 {.word = last ? flag : 0,
+                 {.word = last && !spun ? memory_.reply(requester, owner).device : 0,
                   .value = kAnswered,
                   .finished = local_word(3 * static_cast<std::size_t>(world_size_)),
+                  .block_flags = last && spun ? memory_.reply_flags(requester, owner) : 0,
+                  .blocks = last && spun ? Kernels::blocks_for(bytes) : 0,  // as the requester knows the whole only
+                  .withheld = last && spun ? withheld_word(requester) : 0,
                   .served = last ? served_word() : 0,
                   .served_host = last ? host_.on_device(index(HostWord::kServed)) : 0});
     dst += sources[i].second;
@@ -172,24 +191,34 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   if (one_by_one_) run_ahead_.begin_layer();
   const ContextScope scope(*device_);
   auto* const on = static_cast<CUstream>(stream.handle);
+  const ByteCount out_bytes = static_cast<ByteCount>(request.rows) * entry.out_row_bytes;
   const CUdeviceptr reply = memory_.reply(rank_, owner).device;
-  const CUdeviceptr spun_on = spun_flag(rank_, owner, request.rows);
   const CUdeviceptr word = memory_.request(owner, rank_).device;
+  const bool spun = spins(request.rows);
+  const CUdeviceptr rows_flags = spun ? memory_.rows_flags(owner, rank_) : 0;
+  const CUdeviceptr unanswered = spun ? local_word(3 * world + 2) : 0;
   kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes,
                {.word = word,
                 .value = request.word(),
                 .finished = local_word(world + peer),
+                .block_flags = rows_flags,
+                // as the owner knows the bucket only
+                .blocks = spun ? Kernels::blocks_for(static_cast<ByteCount>(request.rows) * entry.in_row_bytes) : 0,
                 .turn = in_turn_ ? turn_words().turn : 0});
-  if (spun_on != 0)
-    kernels_.await(on, spun_on, reply, host_.on_device(index(HostWord::kFailed)));
+  if (spun)
+    kernels_.await(on, {.flags = memory_.reply_flags(rank_, owner),
+                        .count = Kernels::blocks_for(out_bytes),
+                        .released = reply,
+                        .failed = unanswered,
+                        .resets = true});
   else
     device_->check(device_->api().cuStreamWaitValue32(on, reply, kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
                    "cuStreamWaitValue32");
   kernels_.take(on, device_pointer(y),
-                device_pointer(mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment),
-                static_cast<ByteCount>(request.rows) * entry.out_row_bytes,
+                device_pointer(mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment), out_bytes,
                 {.flag = reply,
-                 .device_flag = spun_on,
+                 .rows_flags = rows_flags,
+                 .unanswered = unanswered,
                  .request = word,
                  .sent_rows = static_cast<std::uint64_t>(rows),
                  .sent_bytes = in_bytes,
@@ -228,7 +257,8 @@ bool StreamChannel::take_requests() {
   // One look at each rank a round: nobody is served twice while another waits.
   for (Rank requester = 0; requester < world_size_; ++requester) {
     if (requester == rank_) continue;
-    if (const std::uint32_t own = stand_ins_[static_cast<std::size_t>(requester)].exchange(0); own != 0)
+    const std::uint32_t own = stand_ins_[static_cast<std::size_t>(requester)].exchange(0) & ~Request::kWaiting;
+    if (own != 0 && own == atomic(memory_.request(requester, rank_).host).load())  // else answered meanwhile
       stand_in(requester, Request::from(own));
     const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
     if ((word & Request::kWaiting) == 0) {
@@ -330,25 +360,6 @@ TraceSpan StreamChannel::service_span(TraceEvent::Kind kind, Rank peer, const Re
            .rows = request.rows},
           TraceSpan::Time::kBoth,
           {service_stream_.get()}};
-}
-
-void StreamChannel::record(Error error) {
-  const std::lock_guard lock(mutex_);
-  if (!failure_) failure_ = std::move(error);
-}
-
-void StreamChannel::check() const {
-  const std::lock_guard lock(mutex_);
-  if (failure_) throw *failure_;
-  if (host_.load(index(HostWord::kFailed)) != 0)
-    throw Error(ErrorCode::kRemoteOp,
-                "an owner could not launch an op for rank " + std::to_string(rank_) +
-                    "; the results of that step are void. The owner's check() says why",
-                {.rank = rank_});
-}
-
-bool StreamChannel::available(Rank owner) const {
-  return !gave_up_[static_cast<std::size_t>(owner)].load(std::memory_order_relaxed) && pool_.backend().alive(owner);
 }
 
 RequesterStats StreamChannel::requester_stats() const {

@@ -1,6 +1,9 @@
-// CaS on streams. A requester's stream puts its rows into its slot at the owner and then sets its request word, which
-// lies in host memory that both processes map. A thread of the owner polls these words and launches the captured graph
-// of (layer, op, row bucket), which puts the answer back and sets the reply flag that the requester's stream waits for.
+// CaS on streams. A requester's stream puts its rows into its slot at the owner and sets its request word, which lies
+// in host memory that both processes map. A thread of the owner polls these words and launches the captured graph of
+// (layer, op, row bucket), which puts the answer back and sets the reply flag that the requester's stream waits for.
+//
+// Requests of up to spin_rows rows do both ways in less time: the word is set before the rows are on their way, the
+// graph begins with a wait for them, and each block of a put has a flag, on the GPU, that a kernel waits for.
 //
 // A request word goes 0 -> request (requester's stream) -> taken (who serves it, by compare-and-swap) -> 0 (requester's
 // stream, when it has the answer). So exactly one process serves a request, and when an owner has died or hangs, the
@@ -46,9 +49,11 @@ struct ChannelMemory {
   };
   // Request word of `requester` at `owner`, in host memory.
   std::function<Word(Rank owner, Rank requester)> request;
-  // Reply flag for answers of `owner` to `requester`, in host memory; the one on the requester's GPU.
+  // Reply flag for answers of `owner` to `requester`, in host memory.
   std::function<Word(Rank requester, Rank owner)> reply;
-  std::function<CUdeviceptr(Rank requester, Rank owner)> device_reply;
+  // Flags of the blocks that put a request on the owner's GPU, an answer on the requester's: a line each.
+  std::function<CUdeviceptr(Rank owner, Rank requester)> rows_flags;
+  std::function<CUdeviceptr(Rank requester, Rank owner)> reply_flags;
 };
 
 // Words that kernels, other processes and this one's threads share.
@@ -71,21 +76,24 @@ class StreamChannel final : public ActivationChannel {
   void begin_turn(Stream stream) override;
   void end_turn(Stream stream) override;
   void check() const override;
-  void give_up() noexcept override { void_.store(true); }
+  void give_up() noexcept override;
   [[nodiscard]] bool available(Rank owner) const override;
   [[nodiscard]] RequesterStats requester_stats() const override;
   [[nodiscard]] ServiceStats service_stats() const override;
 
-  // For the capture of an op: the slot that its rows come from, and the puts that end its graph. `sources`: outputs one
-  // after the other, each of so many bytes.
+  // For the capture of an op: the slot that its rows come from, the wait that begins its graph (`bytes`: of the rows,
+  // all of the bucket), and the puts that end it. `sources`: outputs one after the other, each of so many bytes.
   [[nodiscard]] const std::byte* slot(Rank owner, Rank requester) const;
+  void await_rows(Stream stream, const GraphOp::Key& request, ByteCount bytes) const;
   void put_answer(Stream stream, const GraphOp::Key& request,
                   const std::vector<std::pair<const std::byte*, ByteCount>>& sources) const;
   // Where the graphs will run. Ops are captured here too: libraries keep workspaces by stream.
   [[nodiscard]] CUstream service_stream() const { return service_stream_.get(); }
 
  private:
-  static constexpr std::size_t kCounts = 4;  // words by owner: answers, rows, bytes, and one unused for alignment
+  // Words by rank, on the host and on the device: answers, rows and bytes as an owner; that its rows are not waited for
+  // any more as a requester.
+  static constexpr std::size_t kCounts = 4;
   // Host words after those of all owners.
   enum class HostWord : std::uint8_t { kFailed, kTurn, kLaunched, kServed, kAnswered, kNumWords };
 
@@ -96,6 +104,12 @@ class StreamChannel final : public ActivationChannel {
     std::optional<Clock::time_point> dead_since;
     std::optional<Clock::time_point> handed_over;  // to the service thread, which answers in the owner's place
     bool over = false;                             // given up
+  };
+
+  // And of another rank's request that this one has taken.
+  struct InWork {
+    std::uint64_t served = 0;  // count when it was first seen
+    std::optional<Clock::time_point> since;
   };
 
   // How long the ops of late took, from launch to answer.
@@ -113,6 +127,7 @@ class StreamChannel final : public ActivationChannel {
   void launch(const GraphOp::Key& key, const Request& request);
   void serve(Rank requester, const Request& request);
   void watch(Rank owner);
+  void watch_rows(Rank requester);
   void hand_over(Rank owner, std::uint32_t word);
   void give_up_on(Rank owner, const std::string& what);
   void stand_in(Rank owner, const Request& request);
@@ -127,9 +142,11 @@ class StreamChannel final : public ActivationChannel {
   [[nodiscard]] std::size_t index(HostWord word) const {
     return answers_index(world_size_) + static_cast<std::size_t>(word);
   }
-  // On the requester's GPU, or 0: the answer's flag is the reply word in host memory.
-  [[nodiscard]] CUdeviceptr spun_flag(Rank requester, Rank owner, std::int64_t rows) const {
-    return rows <= options_.spin_rows ? memory_.device_reply(requester, owner) : 0;
+  [[nodiscard]] bool spins(std::int64_t rows) const { return rows <= options_.spin_rows; }
+  [[nodiscard]] std::size_t given_up_index(Rank requester) const { return answers_index(requester) + kCounts - 1; }
+  // Set by the wait for rows that was given up: their answer is withheld.
+  [[nodiscard]] CUdeviceptr withheld_word(Rank requester) const {
+    return words_.at(static_cast<ByteCount>(requester) * 64 + (kCounts - 1) * sizeof(std::uint64_t));
   }
   [[nodiscard]] Kernels::TurnWords turn_words() const;
   [[nodiscard]] CUdeviceptr served_word() const;
@@ -143,10 +160,11 @@ class StreamChannel final : public ActivationChannel {
   Rank rank_;
   Rank world_size_;
   Kernels kernels_;
-  HostWords host_;     // answers, rows and bytes by owner, then a HostWord each
+  HostWords host_;     // kCounts by rank, then a HostWord each
   DeviceWords words_;  // device's counts and block counters, see stream_channel.cpp
   ServiceStream service_stream_;
   std::vector<Watch> watches_;
+  std::vector<InWork> in_work_;
   std::vector<std::atomic<bool>> gave_up_;
   std::vector<std::atomic<std::uint32_t>> stand_ins_;             // by owner: request word to answer in its place, or 0
   bool in_turn_ = false;                                          // what is enqueued now; the engine's thread

@@ -26,6 +26,7 @@ EMULATED void emulator_hold_context(CUstream stream) {
   const std::lock_guard held(state().context);
   cuStreamSynchronize(stream);
 }
+EMULATED void emulator_hold_rows(bool hold) { rows_held = hold; }
 EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
 
 // This process's devices: its own, then those of the ranks after it.
@@ -276,7 +277,7 @@ EMULATED CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char* na
 }
 EMULATED CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
   const void* const kernel = function;
-  const Work work = kernel == kPut    ? put(arguments)
+  const Work work = kernel == kPut    ? put(arguments, config->gridDimX)
                     : kernel == kTake ? take(arguments)
                     : kernel == kTurn ? turn(arguments)
                                       : await(arguments);

@@ -1,0 +1,80 @@
+// Requests on a GPU that are announced before their rows, when these do not come: real processes over the emulated
+// driver, as in test_nvshmem_backend.cpp. Rank 0 asks rank 1 and holds its rows back.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <csignal>
+#include <thread>
+
+#include "rank_group.hpp"
+
+namespace sidp::test {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr std::chrono::milliseconds kTaken{100};  // after which the owner's graph waits for the rows
+
+RankGroup group_of(Rank ranks) {
+  return {ranks, {"backend=nvshmem", "mode=cas", "max_rows=5", "spin_rows=5", "setup_deadline_ms=2000"}};
+}
+
+// Rank 2 is answered by the owner whose service waits for rank 0's rows, whether that died or is only late.
+class OwnersWaitForRows : public ::testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(OfADeadRequester, OwnersWaitForRows, ::testing::Values(true, false));
+
+TEST_P(OwnersWaitForRows, NotForEver) {
+  const bool dies = GetParam();
+  RankGroup group = group_of(3);
+  group.start(0, {"do=held_rows", "deadline_ms=2000"});
+  group.start(1, {"steps=0", "linger=1", dies ? "deadline_ms=30000" : "deadline_ms=300"});
+  group.start(2, {"do=ask", "linger=1", "deadline_ms=3000"});
+  group.wait_for_mark(0, "rung");
+  group.wait_for_mark(2, "ready");
+  std::this_thread::sleep_for(kTaken);
+  if (dies) group.signal(0, SIGKILL);
+  const auto asked = std::chrono::steady_clock::now();
+  group.set_mark("go");
+  group.wait_for_mark(2, "answered");
+  EXPECT_LT(std::chrono::steady_clock::now() - asked, std::chrono::milliseconds(1500));
+  group.set_mark("rows");  // too late
+  if (!dies) {
+    // It is not answered: neither with what its slot held before, nor with the rows that came.
+    EXPECT_EQ(group.wait(0), 3) << group.log(0) << group.result(0)["message"];
+    EXPECT_THAT(group.result(0)["message"], HasSubstr("rank 1 took a request and did not answer it"));
+  }
+  group.set_mark("stop");
+  for (const Rank rank : {1, 2}) EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+  EXPECT_EQ(number(group.result(1), "not_served"), 1);
+  EXPECT_EQ(number(group.result(1), "idle"), 1);
+}
+
+// The owner dies before the rows have come: what runs in its place waits for them.
+TEST(EarlyRequests, StandInsWaitForTheRows) {
+  RankGroup group = group_of(2);
+  group.start(0, {"do=held_rows", "deadline_ms=10000"});
+  group.start(1, {"steps=0", "linger=1"});
+  group.wait_for_mark(0, "rung");
+  std::this_thread::sleep_for(kTaken);
+  group.signal(1, SIGKILL);
+  std::this_thread::sleep_for(std::chrono::milliseconds(600));  // after its grace the op is launched here
+  group.set_mark("rows");
+  EXPECT_EQ(group.wait(0), 0) << group.log(0) << group.result(0)["message"];
+  EXPECT_EQ(number(group.result(0), "fallbacks"), 1);
+}
+
+// The owner dies once its graph has seen the rows: what runs in its place finds them too.
+TEST(EarlyRequests, StandInsFindTheRowsThatTheOwnerSaw) {
+  RankGroup group = group_of(2);
+  group.start(0, {"steps=3", "deadline_ms=10000"});
+  group.start(1, {"steps=0", "linger=1", "op_delay_ms=20000"});
+  group.wait_for_mark(0, "ready");
+  std::this_thread::sleep_for(kTaken);
+  group.signal(1, SIGKILL);
+  EXPECT_EQ(group.wait(0), 0) << group.log(0) << group.result(0)["message"];
+  EXPECT_GT(number(group.result(0), "fallbacks"), 0);
+  EXPECT_LT(number(group.result(0), "total_ms"), 5000);
+}
+
+}  // namespace
+}  // namespace sidp::test
