@@ -450,6 +450,15 @@ class Runtime:
         """
         It has been launched; call at once.
         """
+    def lent(
+        self,
+        layer: typing.SupportsInt | typing.SupportsIndex,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        num_bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> ByteView | None:
+        """
+        Where the answer to a request of so many rows is when it is not copied; None: it always is.
+        """
     def predict(self, num_tokens: typing.SupportsInt | typing.SupportsIndex) -> StepTimes:
         """
         Predicted times of such a step, uncorrected.
@@ -478,7 +487,7 @@ class Runtime:
         stream: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None:
         """
-        y = op(layer, x); x and y: (address, rows, bytes a row) of row-major memory on the pool's device, which must outlive the call, and on a GPU the work that the stream has then.
+        y = op(layer, x); x and y: (address, rows, bytes a row) of row-major memory on the pool's device, which must outlive the call, and on a GPU the work that the stream has then. y at address 0: the answer is lent().
         """
     def start(self, failure: str = "") -> None:
         """

@@ -262,17 +262,28 @@ def request_rows(op: Op, x: torch.Tensor, device: int | None) -> torch.Tensor:
 def reply_rows(
     program: OpProgram, rows: int, room: int, device: torch.device
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Room for an answer of ``room`` rows, and in it the outputs of [rows, columns], one block after the other."""
+    """Room for an answer of ``room`` rows, and in it the outputs of [rows, columns]."""
     if len(program.output_columns) == 1:
         y = torch.empty(room, program.output_columns[0], dtype=dtype_of(program.output_dtypes[0]), device=device)
         return y, [y if rows == room else y[:rows]]
     flat = torch.empty(room, program.out_row_bytes, dtype=torch.uint8, device=device)
+    return flat, reply_views(program, rows, room, flat)
+
+
+def lent_views(program: OpProgram, rows: int, room: int, slot: _C.ByteView) -> list[torch.Tensor]:
+    """``reply_views`` of a slot, for keeps: in inference mode they would be of use in that mode only."""
+    with torch.inference_mode(False):
+        return reply_views(program, rows, room, from_dlpack(slot))
+
+
+def reply_views(program: OpProgram, rows: int, room: int, flat: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of [rows, columns] in the bytes of an answer of ``room`` rows, one block after the other."""
     outputs, start = [], 0
     for columns, dtype in zip(program.output_columns, program.output_dtypes, strict=True):
         num_bytes = room * columns * DTYPE_BYTES[dtype]
         outputs.append(flat.view(-1)[start : start + num_bytes].view(dtype_of(dtype)).view(room, columns)[:rows])
         start += num_bytes
-    return flat, outputs
+    return outputs
 
 
 # --- Operators for torch.compile ------------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ class Runtime:
         self._views = {
             i: pool.layer_view(i) if pool.is_local(i) else pool.ring_view(i) for i in range(len(pool.layers))
         }
+        self._lent: dict[tuple[int, int, int], list[torch.Tensor] | None] = {}  # by layer, op and rows
         self.handle = _torch.register_runtime(self)
         pool._runtime = weakref.ref(self)
         self._graphs: list[Any] = []  # own the memory that the captured ops use
@@ -287,7 +288,7 @@ class Runtime:
         return self._programs[index, layer]
 
     def remote_compute(
-        self, layer: int, op: str, x: torch.Tensor, *, stream: object = None
+        self, layer: int, op: str, x: torch.Tensor, *, borrow: bool = False, stream: object = None
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """``op(layer, x)`` computed by the layer's owner; ``x`` is ``[rows, in_features]`` with 1 .. ``max_rows`` rows.
 
@@ -296,6 +297,10 @@ class Runtime:
         that of as many rows. If the owner is dead or silent past the deadline, the op runs here on the owner's
         bytes (``stats()["fallbacks"]``), and that owner is not asked again. Raises ``ShapeError``,
         ``UnknownNameError``, ``UsageError``, ``RemoteOpError``.
+
+        ``borrow``: an answer of up to 128 rows on a GPU that no other rank shares stays where its owner put it, which
+        saves its copy. The result is then valid on that stream until the next ``remote_compute`` to the same owner is
+        enqueued there, whose ``x`` it may be: that answer overwrites it. Other answers are copied all the same.
         """
         handle = self._stream(stream)
         program = self.op_program(op, layer)
@@ -304,15 +309,28 @@ class Runtime:
             rows = _torch.request_rows(self._op_list[index], x, self._device)
             count = rows.shape[0]
             bucket = self._core.bucket(layer, count)
-            room, outputs = _torch.reply_rows(program, count, bucket, rows.device)
+            outputs = self._borrowed(layer, index, count, bucket) if borrow else None
+            room_at = 0
+            if outputs is None:
+                room, outputs = _torch.reply_rows(program, count, bucket, rows.device)
+                room_at = room.data_ptr()
             self._core.remote_compute(
                 layer,
                 index,
                 (rows.data_ptr(), count, rows.shape[1] * rows.element_size()),
-                (room.data_ptr(), bucket, program.out_row_bytes),
+                (room_at, bucket, program.out_row_bytes),
                 handle,
             )
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _borrowed(self, layer: int, index: int, count: int, bucket: int) -> list[torch.Tensor] | None:
+        """The outputs of a request where its owner puts them, made once; None if they are always copied."""
+        key = layer, index, count
+        if key not in self._lent:
+            program = self._programs[index, layer]
+            slot = self._core.lent(layer, count, bucket * program.out_row_bytes)
+            self._lent[key] = None if slot is None else _torch.lent_views(program, count, bucket, slot)
+        return self._lent[key]
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks.
@@ -347,7 +365,7 @@ class Runtime:
                 _still_used.append(self._graphs)
             self._final_stats = self._open_core.stats()
             self._open_core = None
-            self._views = {}
+            self._views, self._lent = {}, {}
 
     def __enter__(self) -> Runtime:
         return self

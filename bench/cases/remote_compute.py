@@ -62,10 +62,10 @@ def _one_count(context: RankContext, runtime: Runtime, count: int) -> None:
     away, here = replica.streamed, [pool.layer_view(i)["w"] for i in pool.local_layers]
     sample_s = 0.02 if context.quick else 0.1
 
-    def ask() -> torch.Tensor:
+    def ask(borrow: bool = False) -> torch.Tensor:
         y = x
         for k in range(CALLS):
-            answer = runtime.remote_compute(away[k % len(away)], "product", y)
+            answer = runtime.remote_compute(away[k % len(away)], "product", y, borrow=borrow)
             assert isinstance(answer, torch.Tensor)
             y = answer
         return y
@@ -80,11 +80,11 @@ def _one_count(context: RankContext, runtime: Runtime, count: int) -> None:
         with replica.step(count, Mode.CAS):
             ask()
 
-    def verify() -> None:
+    def verify(borrow: bool) -> None:
         weight = torch.empty(hidden, hidden, dtype=dtype, device=context.device)
         weight.normal_(0, hidden**-0.5, generator=_seed(context, away[0]))
         with replica.step(count, Mode.CAS):
-            theirs = runtime.remote_compute(away[0], "product", x)
+            theirs = runtime.remote_compute(away[0], "product", x, borrow=borrow)
         context.synchronize()
         runtime.check()
         assert isinstance(theirs, torch.Tensor)
@@ -93,14 +93,14 @@ def _one_count(context: RankContext, runtime: Runtime, count: int) -> None:
         if not error < 1e-2:
             raise WrongDataError(f"{count} rows computed by their owner are off by {error:.2g} of their norm")
 
-    def remote(graph: bool) -> Subject:
+    def remote(graph: bool, borrow: bool = False) -> Subject:
         def prepare() -> tuple[Sample, int]:
             if context.rank != 0:
                 return IDLE
-            verify()
+            verify(borrow)
             call: Callable[[], None] = eager
             if graph:
-                call = replica.captured_by(count, Mode.CAS, ask)
+                call = replica.captured_by(count, Mode.CAS, lambda: ask(borrow))
             sample, most = context.sampled(call, sample_s, most=60)
             return (lambda n: sample(n) / CALLS), most
 
@@ -116,14 +116,15 @@ def _one_count(context: RankContext, runtime: Runtime, count: int) -> None:
 
     subjects: dict[str, Subject] = {"sidp": remote(False), "local": local}
     if context.on_gpu:
-        subjects = {"sidp": remote(False), "sidp_graph": remote(True), "local": local}
+        borrowed = remote(True, borrow=True)
+        subjects = {"sidp": remote(False), "sidp_graph": remote(True), "sidp_borrowed_graph": borrowed, "local": local}
     samples = context.contest(subjects)
     parameters = {"rows": count, "columns": hidden}
     context.record(samples, "latency", "us", lambda s: s * 1e6, higher_is_better=False, parameters=parameters)
-    for name in ("sidp", "sidp_graph"):
+    for name in ("sidp", "sidp_graph", "sidp_borrowed_graph"):
         if name in samples.seconds and "local" in samples.seconds:
             over = zip(samples.seconds[name], samples.seconds["local"], strict=True)
-            held = name == "sidp_graph" and count == HEADLINE_ROWS
+            held = name == "sidp_borrowed_graph" and count == HEADLINE_ROWS
             context.figure("over_local", name, "us", parameters=parameters, higher_is_better=False,
                            samples=tuple((a - b) * 1e6 for a, b in over),
                            bar=Bar(12.0, False, gpus=2) if held else None)  # fmt: skip

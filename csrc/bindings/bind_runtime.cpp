@@ -1,4 +1,5 @@
 #include "bindings.hpp"
+#include "dlpack.hpp"
 #include "sidp/error.hpp"
 #include "sidp/runtime.hpp"
 
@@ -148,7 +149,17 @@ void bind_runtime(py::module_& m) {
            py::arg("stream") = 0, ReleaseGil(),
            "y = op(layer, x); x and y: (address, rows, bytes a row) of row-major memory on the pool's device, which "
            "must "
-           "outlive the call, and on a GPU the work that the stream has then.")
+           "outlive the call, and on a GPU the work that the stream has then. y at address 0: the answer is lent().")
+      .def(
+          "lent",
+          [](const std::shared_ptr<Runtime>& r, LayerIndex layer, std::int64_t rows,
+             ByteCount num_bytes) -> std::optional<ByteView> {
+            auto* const bytes = const_cast<std::byte*>(r->lent(layer, rows));
+            if (bytes == nullptr) return std::nullopt;
+            return ByteView{bytes, num_bytes, r, r->pool().backend().capabilities().device};
+          },
+          py::arg("layer"), py::arg("rows"), py::arg("num_bytes"),
+          "Where the answer to a request of so many rows is when it is not copied; None: it always is.")
       .def(
           "bucket",
           [](const Runtime& r, LayerIndex layer, std::int64_t rows) { return r.mailbox()->bucket(layer, rows); },

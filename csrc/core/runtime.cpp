@@ -316,6 +316,10 @@ void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const 
                 "remote_compute of layer " + std::to_string(layer) +
                     " in a WaS step; use fetch_layer, the mode is fixed when a step begins",
                 {.rank = pool_->backend().rank(), .layer = layer});
+  if (y == nullptr && lent(layer, rows) == nullptr)
+    throw Error(ErrorCode::kUsage,
+                "an answer of " + std::to_string(rows) + " rows is always copied here; give room for it",
+                {.rank = pool_->backend().rank(), .layer = layer});
   const Tracer::Session session = trace_session();
   const TraceSpan span(tracer_, session, session == 0 ? TraceEvent{} : request_event(layer, op, rows),
                        TraceSpan::Time::kBoth, stream);

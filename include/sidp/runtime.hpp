@@ -84,8 +84,15 @@ class Runtime {
   // Streamed layers only in a WaS step. Errors as Prefetcher::fetch.
   const std::byte* fetch_layer(Stream stream, LayerIndex layer);
   void release_layer(Stream stream, LayerIndex layer);  // nothing to do for a local layer
-  // Streamed layers only, in a CaS step only. Errors as Requester::compute.
+  // Streamed layers only, in a CaS step only. Errors as Requester::compute. y null: no copy is made of the answer,
+  // which stays where lent() says and is valid for what the stream does before the next request to the same owner.
+  // Throws Error(kUsage) where that gives null.
   void remote_compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y);
+
+  // Where the answer to such a request is when it is not copied: the same place each time. Null: it always is.
+  [[nodiscard]] const std::byte* lent(LayerIndex layer, std::int64_t rows) const {
+    return channel_ && !pool_->is_local(layer) ? channel_->lent(layer, rows) : nullptr;
+  }
 
   // The mode that the policy would choose now; nothing begins. For the choice of what to capture.
   [[nodiscard]] Decision preview(std::int64_t num_tokens) const;

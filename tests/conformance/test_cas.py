@@ -72,11 +72,15 @@ def two_outputs(context: RankContext, backend: str) -> None:
             x = replica.rows(rows, rows)
             with replica.runtime.step(num_tokens=rows):
                 for layer in replica.streamed:
-                    result = replica.runtime.remote_compute(layer, "pair", x)
-                    assert isinstance(result, tuple)
-                    for got, expected in zip(result, pair(replica.reference[layer], x), strict=True):
-                        assert got.shape == expected.shape
-                        assert torch.equal(got, expected)
+                    for borrow in (True, False):
+                        result = replica.runtime.remote_compute(layer, "pair", x, borrow=borrow)
+                        assert isinstance(result, tuple)
+                        for got, expected in zip(result, pair(replica.reference[layer], x), strict=True):
+                            assert got.shape == expected.shape
+                            assert torch.equal(got, expected)
+                        if borrow and backend == "nvshmem" and not replica.pool.group.gpu_is_shared:
+                            again = replica.runtime.remote_compute(layer, "pair", x, borrow=True)
+                            assert [y.data_ptr() for y in again] == [y.data_ptr() for y in result], "it was copied"
                     kept = [got.clone() for got in result]
                     replica.runtime.remote_compute(layer, "pair", x + 1)
                     assert all(map(torch.equal, kept, result)), "a later request changed an earlier result"

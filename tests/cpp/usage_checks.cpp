@@ -78,6 +78,9 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
   } else {
     expect(ErrorCode::kUsage, "fetch in a CaS step", fetch(first));
     expect(ErrorCode::kShape, "no rows", compute(first, 0, 0));
+    expect(
+        ErrorCode::kUsage, "no room for an answer that is not lent",
+        [&] { runtime.remote_compute(stream, first, 0, x.data(), spec.max_rows, nullptr); }, "always copied");
     expect(ErrorCode::kShape, "rows beyond the slot", compute(first, 0, spec.max_rows + 1), "max_rows");
     expect(ErrorCode::kUnknownName, "no such op", compute(first, 2, 1));
     expect(ErrorCode::kUnknownName, "no such op", compute(first, -1, 1));

@@ -62,7 +62,7 @@ class CheckChannel : protected CheckMemory {
   void set_verdict(ByteCount at, std::uint64_t value) const { write(verdicts_.at(at), &value, sizeof value); }
   [[nodiscard]] bool verdict(ByteCount at) const { return read_flags(verdicts_.at(at), 1).front() != 0; }
 
-  [[nodiscard]] Kernels::TurnWords turn_words() const {
+  [[nodiscard]] TurnWords turn_words() const {
     return {.turn = words_.at(kTurn), .launched_host = words_.at(kLaunched), .served = served_.at(0)};
   }
 
@@ -82,32 +82,34 @@ class CheckChannel : protected CheckMemory {
   }
 
   void launch_await(const DeviceStream& stream, const DeviceBuffer& flags, unsigned count, ByteCount failed,
-                    bool resets = false) const {
-    kernels_.await(stream.get(), {.flags = flags.at(0),
-                                  .count = count,
-                                  .released = words_.at(&stream == &service_ ? kReleased : kReply),
-                                  .failed = verdicts_.at(failed),
-                                  .resets = resets});
+                    bool resets = false, const RequestWords& request = {}) const {
+    kernels_.await(stream.get(),
+                   {.flags = flags.at(0),
+                    .count = count,
+                    .released = words_.at(&stream == &service_ ? kReleased : kReply),
+                    .failed = verdicts_.at(failed),
+                    .resets = resets},
+                   request);
   }
 
-  // spun: by a kernel that waits for the flags of so many blocks; 0: the stream has waited.
+  // spun: by a kernel that waits for the flags of so many blocks; 0: the stream has waited. dst 0: nothing is copied.
   void launch_take(CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, std::uint64_t rows, bool turn = false,
                    unsigned spun = 0) {
-    if (spun != 0) launch_await(engine_, reply_flags_, spun, kUnanswered, /*resets=*/true);
-    kernels_.take(engine_.get(), dst, src, bytes,
-                  {.flag = words_.at(kReply),
-                   .rows_flags = spun != 0 ? block_flags_.at(0) : 0,
-                   .unanswered = spun != 0 ? verdicts_.at(kUnanswered) : 0,
-                   .request = words_.at(kRequest),
-                   .sent_rows = rows,
-                   .sent_bytes = bytes,
-                   .counts = counts_.at(0),
-                   .counts_host = words_.at(kCountsHost),
-                   .failed_host = words_.at(kFailed),
-                   .finished = finished_take_.at(0),
-                   .number = ++number_,
-                   .answered_host = words_.at(kAnsweredHost),
-                   .turn = turn ? turn_words() : Kernels::TurnWords{}});
+    const RequestWords request{.flag = words_.at(kReply),
+                               .request = words_.at(kRequest),
+                               .rows_flags = spun != 0 ? block_flags_.at(0) : 0,
+                               .unanswered = spun != 0 ? verdicts_.at(kUnanswered) : 0,
+                               .sent_rows = rows,
+                               .sent_bytes = bytes,
+                               .counts = counts_.at(0),
+                               .counts_host = words_.at(kCountsHost),
+                               .failed_host = words_.at(kFailed),
+                               .number = ++number_,
+                               .answered_host = words_.at(kAnsweredHost),
+                               .turn = turn ? turn_words() : TurnWords{}};
+    if (spun != 0)
+      launch_await(engine_, reply_flags_, spun, kUnanswered, /*resets=*/true, dst == 0 ? request : RequestWords{});
+    if (dst != 0) kernels_.take(engine_.get(), dst, src, bytes, finished_take_.at(0), request);
     expected_[0] += 1, expected_[1] += rows, expected_[2] += bytes;
   }
 

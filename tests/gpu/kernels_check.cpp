@@ -44,15 +44,17 @@ class Check : CheckChannel {
       put(shape);
       take(shape, kAnswered);
       take(shape, kNotAnswered);
-      take(shape, kAnswered, /*spun=*/true);
-      take(shape, kNotAnswered, /*spun=*/true);
+      for (const bool borrowed : {false, true}) {
+        take(shape, kAnswered, /*spun=*/true, borrowed);
+        take(shape, kNotAnswered, /*spun=*/true, borrowed);
+      }
     }
     put_sets_its_word_last();
     await_needs_every_flag();
     one_sided();
     turns();
     for (int i = 0; i < 20; ++i) exchange(i % 4 == 3);
-    for (int i = 0; i < 20; ++i) spun_exchange(i % 4 == 3);
+    for (int i = 0; i < 20; ++i) spun_exchange(i % 4 == 3, i % 3 == 0);
     std::printf("%zu shapes and 40 exchanges of rows are right\n", shapes.size());
   }
 
@@ -95,9 +97,12 @@ class Check : CheckChannel {
     expect_finished(what);
   }
 
-  void take(const Shape& shape, std::uint32_t reply, bool spun = false) {
-    const std::string what =
-        "take of " + shape.text() + (reply == kAnswered ? "" : " that were not answered") + (spun ? ", spun for" : "");
+  // borrowed: they stay where they are.
+  void take(const Shape& shape, std::uint32_t reply, bool spun = false, bool borrowed = false) {
+    const std::string what = "take of " + shape.text() + (reply == kAnswered ? "" : " that were not answered") +
+                             (borrowed ? ", borrowed"
+                              : spun   ? ", spun for"
+                                       : "");
     const Bytes rows = pattern(shape.bytes);
     const Filled src(*this, shape.src_offset, rows);
     const Guarded dst(*this, shape.dst_offset, shape.bytes);
@@ -107,7 +112,7 @@ class Check : CheckChannel {
     set_flags(block_flags_, blocks);
     set_verdict(kUnanswered, 0);
     set_verdict(kWithheld, 0);
-    const auto begin = [&] { launch_take(dst.at(), src.at, shape.bytes, 3, false, blocks); };
+    const auto begin = [&] { launch_take(borrowed ? 0 : dst.at(), src.at, shape.bytes, 3, false, blocks); };
     if (spun && !serial_) begin();  // and then it waits
     if (spun && reply == kAnswered)
       launch_put(service_, dst.at(), src.at, 0, 0, 0, reply_flags_.at(0), blocks);
@@ -118,7 +123,7 @@ class Check : CheckChannel {
     engine_.synchronize();
     expect_flags(reply_flags_, 0, what + ", reply flags");
     expect_flags(block_flags_, reply == kAnswered ? 0 : blocks, what + ", flags of the request");
-    if (reply == kAnswered) dst.expect(rows, what);
+    if (reply == kAnswered) dst.expect(borrowed ? Bytes(shape.bytes, kUntouched) : rows, what);
     expect_taken(reply == kAnswered, what);
   }
 
@@ -215,12 +220,16 @@ class Check : CheckChannel {
     const auto word64 = [&](ByteCount at) { return words_.word<std::uint64_t>(at); };
     const Filled rows(*this, 0, pattern(64));
     const Guarded dst(*this, 0, 64);
-    for (const bool with_take : {false, true}) {
-      const std::string what = with_take ? "turn that begins with an answer" : "turn";
+    for (const char* const how :
+         {"turn", "turn that begins with an answer", "turn that begins with a borrowed answer"}) {
+      const std::string what = how;
+      const bool borrowed = what.ends_with("borrowed answer");
+      set_verdict(kUnanswered, 0);
       const auto begin = [&] {
-        set(kReply, kAnswered);
-        if (with_take)
-          launch_take(dst.at(), rows.at, 64, 1, true);
+        set(kReply, borrowed ? 0 : kAnswered);
+        if (borrowed) set_flags(reply_flags_, 1);
+        if (what != "turn")
+          launch_take(borrowed ? 0 : dst.at(), rows.at, 64, 1, true, borrowed ? 1 : 0);
         else
           kernels_.turn(engine_.get(), turn_words());
       };
@@ -291,8 +300,9 @@ class Check : CheckChannel {
 
   // The same with the bell before the rows, in blocks; or the host ends the wait for the rows: no answer, and then for
   // it.
-  void spun_exchange(bool released) {
-    const std::string what = released ? "spun request that the host released" : "spun exchange";
+  void spun_exchange(bool released, bool borrowed) {
+    const std::string what = std::string(released ? "spun request that the host released" : "spun exchange") +
+                             (borrowed ? " of a borrowed answer" : "");
     constexpr ByteCount kRows = 64, kFirst = 32 * 5120, kBytes = kRows * 5120 * 2;
     const unsigned blocks = Kernels::blocks_for(kBytes);
     const Bytes x = pattern(kBytes);
@@ -311,8 +321,9 @@ class Check : CheckChannel {
       launch_put(service_, reply.at(), slot.at(), kFirst, 0);
       launch_put(service_, reply.at() + kFirst, slot.at() + kFirst, kBytes - kFirst, 0, 0, reply_flags_.at(0), blocks);
     };
+    const auto take_it = [&] { launch_take(borrowed ? 0 : y.at(), reply.at(), kBytes, kRows, false, blocks); };
     ask();
-    if (!serial_) launch_take(y.at(), reply.at(), kBytes, kRows, false, blocks);
+    if (!serial_) take_it();
     await(kRequest, kRequested, what);
     set(kRequest, kRequested & 0x7FFFFFFF);  // taken
     if (!serial_) answer();
@@ -323,12 +334,12 @@ class Check : CheckChannel {
       set(kReply, kNotAnswered);
     }
     if (serial_) answer();
-    if (serial_) launch_take(y.at(), reply.at(), kBytes, kRows, false, blocks);
+    if (serial_) take_it();
     engine_.synchronize();
     service_.synchronize();
     require(verdict(kWithheld) == released && verdict(kUnanswered) == released, what + ": wrong verdicts");
     if (!released) slot.expect(x, what + ", request slot");
-    if (!released) y.expect(x, what);
+    if (!released) (borrowed ? reply : y).expect(x, what);
     expect_flags(block_flags_, 0, what + ", flags of the request");
     expect_flags(reply_flags_, 0, what + ", reply flags");
     set(kReleased, 0);

@@ -26,7 +26,7 @@ def forward(replica: Replica, x: torch.Tensor, mode: Mode) -> torch.Tensor:
             x = mlp(replica.fetch(layer), x)
             replica.runtime.release_layer(layer)
         else:
-            result = replica.runtime.remote_compute(layer, "mlp", x)
+            result = replica.runtime.remote_compute(layer, "mlp", x, borrow=layer % 4 < 2)
             assert isinstance(result, torch.Tensor)
             x = result
     return x

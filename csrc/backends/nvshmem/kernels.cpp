@@ -75,39 +75,24 @@ void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount b
   launch(functions_.put, w.blocks != 0 ? w.blocks : blocks_for(bytes), kThreads, stream, arguments, "sidp_put");
 }
 
-void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const {
-  TakeWords w = words;
-  void* arguments[] = {&dst,
-                       &src,
-                       &bytes,
-                       &w.flag,
-                       &w.rows_flags,
-                       &w.unanswered,
-                       &w.request,
-                       &w.sent_rows,
-                       &w.sent_bytes,
-                       &w.counts,
-                       &w.counts_host,
-                       &w.failed_host,
-                       &w.finished,
-                       &w.turn.turn,
-                       &w.turn.launched_host,
-                       &w.turn.served,
-                       &w.answered_host,
-                       &w.number};
+void Kernels::take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr finished,
+                   const RequestWords& request) const {
+  RequestWords words = request;
+  void* arguments[] = {&dst, &src, &bytes, &finished, &words};
   launch(functions_.take, blocks_for(bytes), kThreads, stream, arguments, "sidp_take");
 }
 
 void Kernels::turn(CUstream stream, const TurnWords& words) const {
   TurnWords w = words;
-  void* arguments[] = {&w.turn, &w.launched_host, &w.served};
+  void* arguments[] = {&w};
   launch(functions_.turn, 1, 1, stream, arguments, "sidp_turn");
 }
 
-void Kernels::await(CUstream stream, const AwaitWords& words) const {
+void Kernels::await(CUstream stream, const AwaitWords& words, const RequestWords& request) const {
   AwaitWords w = words;
+  RequestWords ended = request;
   unsigned reset = w.resets ? 1 : 0;
-  void* arguments[] = {&w.flags, &w.count, &w.released, &w.failed, &reset};
+  void* arguments[] = {&w.flags, &w.count, &w.released, &w.failed, &reset, &ended};
   launch(functions_.await, 1, kWarp, stream, arguments, "sidp_await");
 }
 

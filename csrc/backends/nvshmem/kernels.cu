@@ -4,7 +4,14 @@
 // of 4.)
 #include <cstdint>
 
+#include "kernel_words.hpp"
+
 namespace {
+
+using sidp::nvshmem::Counts;
+using sidp::nvshmem::RequestWords;
+using sidp::nvshmem::TurnWords;
+using sidp::nvshmem::WordAddress;
 
 __device__ inline void store(std::uint32_t* word, std::uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
@@ -35,9 +42,12 @@ __device__ inline std::uint64_t now_ns() {
 // Turns order work, they protect nothing: so a wait for one ends, come what may.
 constexpr std::uint64_t kLongestWaitNs = 10'000'000;
 
+__device__ inline std::uint32_t* word32(WordAddress address) { return reinterpret_cast<std::uint32_t*>(address); }
+__device__ inline std::uint64_t* word64(WordAddress address) { return reinterpret_cast<std::uint64_t*>(address); }
+
 // The engine's own layer waits here for the services that were launched before it.
-__device__ inline void wait_for_services(std::uint64_t seen_launched, const std::uint64_t* launched_host,
-                                         const std::uint64_t* served) {
+__device__ inline void wait_for_services(std::uint64_t seen_launched, const TurnWords& words) {
+  const std::uint64_t *launched_host = word64(words.launched_host), *served = word64(words.served);
   std::uint64_t last = seen_launched;
   const std::uint64_t start = now_ns();
   while (load(served) < last && now_ns() - start < kLongestWaitNs) {
@@ -86,10 +96,24 @@ __device__ inline bool last_to_finish(unsigned* finished) {
 
 constexpr unsigned kWarp = 0xFFFFFFFF;
 
-// What a requester has had answered by one owner.
-struct Counts {
-  std::uint64_t answers, rows, bytes;
-};
+// The slot of the answer is free for the next one, and all of the request's words are; by one thread. failed: of what
+// sidp_await found, now or before.
+__device__ inline void end_request(const RequestWords& words, bool failed) {
+  store(word32(words.flag), 0);
+  if (failed)
+    store(word64(words.failed_host), 1);
+  else if (words.rows_flags != 0)
+    for (int i = 0; i < 8; ++i) reinterpret_cast<uint4*>(words.rows_flags)[i] = uint4{};  // a line
+  store(word32(words.request), 0);
+  auto* const counts = reinterpret_cast<Counts*>(words.counts);
+  auto* const counts_host = reinterpret_cast<Counts*>(words.counts_host);
+  const Counts now{counts->answers + 1, counts->rows + words.sent_rows, counts->bytes + words.sent_bytes};
+  *counts = now;
+  store(&counts_host->rows, now.rows);
+  store(&counts_host->bytes, now.bytes);
+  store(&counts_host->answers, now.answers);
+  if (words.answered_host != 0) store(word64(words.answered_host), words.number);
+}
 
 }  // namespace
 
@@ -128,66 +152,52 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
 // Waits until `count` flags on the device are set, or for the host's release (the other word): then `failed` says so,
 // and stays so. One warp, a flag each, as it holds its place on a multiprocessor while others compute. The fences make
 // the relaxed loads acquires (PTX memory model), and the end of the kernel hands that on to what follows. reset:
-// whether the flags are set to 0 here.
+// whether the flags are set to 0 here. request: ended here, as no take follows, unless its `request` is 0.
 extern "C" __global__ void sidp_await(std::uint32_t* flags, unsigned count, const std::uint32_t* released,
-                                      std::uint64_t* failed, unsigned reset) {
+                                      std::uint64_t* failed, unsigned reset, const RequestWords request) {
   wait_for_predecessor();
-  const bool has_flag = threadIdx.x < count;
-  for (;;) {
-    for (int i = 0; i < 64; ++i) {  // a look at the host takes as long as many at the device
-      if (!__all_sync(kWarp, !has_flag || load(flags + threadIdx.x) != 0)) continue;
-      __threadfence_system();
-      if (has_flag && reset != 0) store(flags + threadIdx.x, 0);
-      return;
-    }
-    if (!__any_sync(kWarp, load(released) != 0)) continue;
-    if (threadIdx.x == 0) store(failed, 1);
-    return;
+  const bool has_flag = threadIdx.x < count, ends = threadIdx.x == 0 && request.request != 0;
+  const bool failed_before = ends && load(failed) != 0;
+  bool answered = false;
+  while (!answered) {
+    for (int i = 0; i < 64 && !answered; ++i)  // a look at the host takes as long as many at the device
+      answered = __all_sync(kWarp, !has_flag || load(flags + threadIdx.x) != 0);
+    if (!answered && __any_sync(kWarp, load(released) != 0)) break;
   }
+  if (answered) {
+    __threadfence_system();
+    if (has_flag && reset != 0) store(flags + threadIdx.x, 0);
+  } else if (threadIdx.x == 0) {
+    store(failed, 1);
+  }
+  if (!ends) return;
+  if (request.turn.turn != 0) store(word64(request.turn.turn), 1);
+  const std::uint64_t launched = request.turn.turn != 0 ? load(word64(request.turn.launched_host)) : 0;
+  end_request(request, !answered || failed_before);
+  if (request.turn.turn != 0) wait_for_services(launched, request.turn);
 }
 
 // Takes the engine's turn before a layer of its own; see csrc/DESIGN.md.
-extern "C" __global__ void sidp_turn(std::uint64_t* turn, const std::uint64_t* launched_host,
-                                     const std::uint64_t* served) {
+extern "C" __global__ void sidp_turn(const TurnWords words) {
   wait_for_predecessor();
-  store(turn, 1);
-  wait_for_services(load(launched_host), launched_host, served);
+  store(word64(words.turn), 1);
+  wait_for_services(load(word64(words.launched_host)), words);
 }
 
-// Takes an answer out of its slot, then frees the slot. The stream has waited for `flag`, so the rows are there: 1. Or
-// 2, no answer: then the copy is of no use, and failed_host says so. Or, where unanswered is not null, it was
-// sidp_await that waited and said there if it failed; rows_flags, of the request's put at the owner, are then left as
-// they are, so that no op waits for them, and else set back to 0. request: the requester's word at the owner, set back
-// to 0. sent_rows, sent_bytes: of the request, for the counts, which are kept on the device and copied to the host.
-// turn: the engine's, which it takes here because a layer of its own comes next (or null). number: of the answer, which
-// answered_host (or null) is set to.
-extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* flag,
-                                     std::uint32_t* rows_flags, const std::uint64_t* unanswered, std::uint32_t* request,
-                                     std::uint64_t sent_rows, std::uint64_t sent_bytes, Counts* counts,
-                                     Counts* counts_host, std::uint64_t* failed_host, unsigned* finished,
-                                     std::uint64_t* turn, const std::uint64_t* launched_host,
-                                     const std::uint64_t* served, std::uint64_t* answered_host, std::uint64_t number) {
+// Takes an answer out of its slot, then ends the request. The stream has waited for its flag, so the rows are there: 1.
+// Or 2, no answer: then the copy is of no use, and the host is told. Or it was sidp_await that waited, and said in
+// `unanswered` if it failed.
+extern "C" __global__ void sidp_take(char* dst, const char* src, std::uint64_t bytes, unsigned* finished,
+                                     const RequestWords request) {
   wait_for_predecessor();
-  const bool looks = blockIdx.x == 0 && threadIdx.x == 0;
-  if (looks && turn != nullptr) store(turn, 1);
-  const std::uint32_t state = looks && unanswered == nullptr ? load(flag) : 1;  // on its way while this thread copies
-  const std::uint64_t failed = threadIdx.x == 0 && unanswered != nullptr ? load(unanswered) : 0;  // likewise
-  const std::uint64_t launched = looks && turn != nullptr ? load(launched_host) : 0;              // likewise
+  const bool looks = blockIdx.x == 0 && threadIdx.x == 0, turns = looks && request.turn.turn != 0;
+  const bool spun = request.unanswered != 0;
+  if (turns) store(word64(request.turn.turn), 1);
+  const std::uint32_t state = looks && !spun ? load(word32(request.flag)) : 1;  // on its way while this thread copies
+  const std::uint64_t failed = threadIdx.x == 0 && spun ? load(word64(request.unanswered)) : 0;  // likewise
+  const std::uint64_t launched = turns ? load(word64(request.turn.launched_host)) : 0;           // likewise
   copy_bytes(dst, src, bytes);
-  if (state != 1) store(failed_host, 1);
-  if (last_to_finish<__threadfence>(finished)) {
-    store(flag, 0);
-    if (failed != 0)
-      store(failed_host, 1);
-    else if (rows_flags != nullptr)
-      for (int i = 0; i < 8; ++i) reinterpret_cast<uint4*>(rows_flags)[i] = uint4{};  // a line
-    store(request, 0);
-    const Counts now{counts->answers + 1, counts->rows + sent_rows, counts->bytes + sent_bytes};
-    *counts = now;
-    store(&counts_host->rows, now.rows);
-    store(&counts_host->bytes, now.bytes);
-    store(&counts_host->answers, now.answers);
-    if (answered_host != nullptr) store(answered_host, number);
-  }
-  if (looks && turn != nullptr) wait_for_services(launched, launched_host, served);
+  if (state != 1) store(word64(request.failed_host), 1);
+  if (last_to_finish<__threadfence>(finished)) end_request(request, failed != 0);
+  if (turns) wait_for_services(launched, request.turn);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device.hpp"
+#include "kernel_words.hpp"
 
 namespace sidp::nvshmem {
 
@@ -11,12 +12,6 @@ class Kernels {
  public:
   explicit Kernels(const Device& device);
 
-  // The engine's turn on this GPU, see csrc/DESIGN.md; words of 64 bits, each 0 where it is not wanted.
-  struct TurnWords {
-    CUdeviceptr turn;           // 1 while the engine computes a layer of its own, in host memory
-    CUdeviceptr launched_host;  // answers that the service has launched, in host memory
-    CUdeviceptr served;         // of these the ones that were put, on the device
-  };
   // Blocks of a put or take, which have a flag of 32 bits each where no block shall wait for another.
   static constexpr unsigned kMaxBlocks = 32;  // a quarter of an H200: the rest computes on
   static unsigned blocks_for(ByteCount bytes);
@@ -42,29 +37,17 @@ class Kernels {
     CUdeviceptr failed;    // set to 1 then; 64 bits
     bool resets = false;   // flags are set back to 0, unless released
   };
-  // Waits, as one warp, for flags on the device, or for the host's release.
-  void await(CUstream stream, const AwaitWords& words) const;
+  // Waits, as one warp, for flags on the device, or for the host's release. request: ended then, and its answer stays
+  // in its slot; all 0: take() follows, or it is none.
+  void await(CUstream stream, const AwaitWords& words, const RequestWords& request = {}) const;
 
   // Begins the engine's turn: what follows on the stream waits for the services that were launched before.
   void turn(CUstream stream, const TurnWords& words) const;
 
-  struct TakeWords {
-    CUdeviceptr flag;           // of the answer or the host's release, in host memory
-    CUdeviceptr rows_flags;     // of the request's put at the owner, and
-    CUdeviceptr unanswered;     // what await() set if it failed; both 0 if it was the stream that waited for `flag`
-    CUdeviceptr request;        // the requester's word at the owner, in host memory
-    std::uint64_t sent_rows;    // of the request, for the counts
-    std::uint64_t sent_bytes;   // likewise
-    CUdeviceptr counts;         // on the device: answers, rows sent, bytes sent, 64 bits each
-    CUdeviceptr counts_host;    // the same for the host
-    CUdeviceptr failed_host;    // set when there was no answer
-    CUdeviceptr finished;       // as for put
-    std::uint64_t number;       // of the answer, for the host:
-    CUdeviceptr answered_host;  // where it is stored, or 0
-    TurnWords turn = {};        // begun here, or all 0
-  };
   // Copies the rows of an answer out of its slot and frees the slot. Without an answer the copied bytes mean nothing.
-  void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const TakeWords& words) const;
+  // finished: as for put.
+  void take(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, CUdeviceptr finished,
+            const RequestWords& request) const;
 
  private:
   struct Functions {

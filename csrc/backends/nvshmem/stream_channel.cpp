@@ -110,6 +110,10 @@ bool StreamChannel::stop() noexcept {
   return service_stream_.idle();
 }
 
+const std::byte* StreamChannel::lent(LayerIndex layer, std::int64_t rows) const {
+  return spins(mailbox_.bucket(layer, rows)) ? reply_slot(pool_.placement().owner(layer)) : nullptr;
+}
+
 const GraphOp& StreamChannel::graph(const Request& request) const {
   return dynamic_cast<const GraphOp&>(mailbox_.kernel(request.layer, request.op));
 }
@@ -152,7 +156,7 @@ void StreamChannel::put_answer(Stream stream, const GraphOp::Key& request,
 
 CUdeviceptr StreamChannel::served_word() const { return local_word(3 * static_cast<std::size_t>(world_size_) + 1); }
 
-Kernels::TurnWords StreamChannel::turn_words() const {
+TurnWords StreamChannel::turn_words() const {
   return {.turn = host_.on_device(index(HostWord::kTurn)),
           .launched_host = host_.on_device(index(HostWord::kLaunched)),
           .served = served_word()};
@@ -205,30 +209,32 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                 // as the owner knows the bucket only
                 .blocks = spun ? Kernels::blocks_for(static_cast<ByteCount>(request.rows) * entry.in_row_bytes) : 0,
                 .turn = in_turn_ ? turn_words().turn : 0});
+  const RequestWords words{.flag = reply,
+                           .request = word,
+                           .rows_flags = rows_flags,
+                           .unanswered = unanswered,
+                           .sent_rows = static_cast<std::uint64_t>(rows),
+                           .sent_bytes = in_bytes,
+                           .counts = local_word(peer),
+                           .counts_host = host_.on_device(answers_index(owner)),
+                           .failed_host = host_.on_device(index(HostWord::kFailed)),
+                           .number = run_ahead_.number(),
+                           .answered_host = one_by_one_ ? host_.on_device(index(HostWord::kAnswered)) : 0,
+                           .turn = local_next ? turn_words() : TurnWords{}};
   if (spun)
-    kernels_.await(on, {.flags = memory_.reply_flags(rank_, owner),
-                        .count = Kernels::blocks_for(out_bytes),
-                        .released = reply,
-                        .failed = unanswered,
-                        .resets = true});
+    kernels_.await(on,
+                   {.flags = memory_.reply_flags(rank_, owner),
+                    .count = Kernels::blocks_for(out_bytes),
+                    .released = reply,
+                    .failed = unanswered,
+                    .resets = true},
+                   y == nullptr ? words : RequestWords{});
   else
     device_->check(device_->api().cuStreamWaitValue32(on, reply, kAnswered, CU_STREAM_WAIT_VALUE_GEQ),
                    "cuStreamWaitValue32");
-  kernels_.take(on, device_pointer(y),
-                device_pointer(mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment), out_bytes,
-                {.flag = reply,
-                 .rows_flags = rows_flags,
-                 .unanswered = unanswered,
-                 .request = word,
-                 .sent_rows = static_cast<std::uint64_t>(rows),
-                 .sent_bytes = in_bytes,
-                 .counts = local_word(peer),
-                 .counts_host = host_.on_device(answers_index(owner)),
-                 .failed_host = host_.on_device(index(HostWord::kFailed)),
-                 .finished = local_word(2 * world + peer),
-                 .number = run_ahead_.number(),
-                 .answered_host = one_by_one_ ? host_.on_device(index(HostWord::kAnswered)) : 0,
-                 .turn = local_next ? turn_words() : Kernels::TurnWords{}});
+  if (y != nullptr)
+    kernels_.take(on, device_pointer(y), device_pointer(reply_slot(owner)), out_bytes, local_word(2 * world + peer),
+                  words);
   if (one_by_one_) run_ahead_.requested();
   in_turn_ = local_next;
 }

@@ -73,6 +73,7 @@ class StreamChannel final : public ActivationChannel {
   void begin_step(Requests requests) override;
   void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
                bool local_next) override;
+  [[nodiscard]] const std::byte* lent(LayerIndex layer, std::int64_t rows) const override;
   void begin_turn(Stream stream) override;
   void end_turn(Stream stream) override;
   void check() const override;
@@ -148,7 +149,10 @@ class StreamChannel final : public ActivationChannel {
   [[nodiscard]] CUdeviceptr withheld_word(Rank requester) const {
     return words_.at(static_cast<ByteCount>(requester) * 64 + (kCounts - 1) * sizeof(std::uint64_t));
   }
-  [[nodiscard]] Kernels::TurnWords turn_words() const;
+  [[nodiscard]] const std::byte* reply_slot(Rank owner) const {
+    return mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment;
+  }
+  [[nodiscard]] TurnWords turn_words() const;
   [[nodiscard]] CUdeviceptr served_word() const;
   [[nodiscard]] CUdeviceptr local_word(std::size_t index) const { return words_.at(index * 64); }
 

@@ -12,8 +12,12 @@
 #include <functional>
 #include <thread>
 
+#include "backends/nvshmem/kernel_words.hpp"
+
 namespace sidp::emulator {
 
+using nvshmem::RequestWords;
+using nvshmem::TurnWords;
 using Work = std::function<void()>;
 
 template <typename Word>
@@ -65,47 +69,44 @@ inline Work put(void** a, unsigned blocks) {
   };
 }
 
-inline Work turn(CUdeviceptr turn, CUdeviceptr launched, CUdeviceptr served) {
-  return [=] {
-    atomic<std::uint64_t>(turn).store(1);
-    const auto start = std::chrono::steady_clock::now();
-    const std::uint64_t seen = atomic<std::uint64_t>(launched).load();
-    while (atomic<std::uint64_t>(served).load() < std::min(seen, atomic<std::uint64_t>(launched).load()) &&
-           std::chrono::steady_clock::now() - start < std::chrono::milliseconds(10))
-      nap();
-  };
+inline void begin_turn(const TurnWords& words) {
+  atomic<std::uint64_t>(words.turn).store(1);
+  const auto start = std::chrono::steady_clock::now();
+  const std::uint64_t seen = atomic<std::uint64_t>(words.launched_host).load();
+  while (atomic<std::uint64_t>(words.served).load() <
+             std::min(seen, atomic<std::uint64_t>(words.launched_host).load()) &&
+         std::chrono::steady_clock::now() - start < std::chrono::milliseconds(10))
+    nap();
 }
 
 inline Work turn(void** a) {
-  return turn(argument<CUdeviceptr>(a, 0), argument<CUdeviceptr>(a, 1), argument<CUdeviceptr>(a, 2));
+  return [words = argument<TurnWords>(a, 0)] { begin_turn(words); };
+}
+
+inline void end_request(const RequestWords& words, bool failed) {
+  write_value(words.flag, 0)();
+  if (words.rows_flags != 0 && !failed)
+    for (unsigned i = 0; i < 32; ++i) write_value(words.rows_flags + 4 * i, 0)();
+  write_value(words.request, 0)();
+  if (failed) atomic<std::uint64_t>(words.failed_host).store(1);
+  const std::uint64_t more[] = {1, words.sent_rows, words.sent_bytes};
+  for (int i = 2; i >= 0; --i) {  // answers last
+    auto* const count = reinterpret_cast<std::uint64_t*>(words.counts) + i;
+    atomic<std::uint64_t>(words.counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
+  }
+  if (words.answered_host != 0) atomic<std::uint64_t>(words.answered_host).store(words.number);
+  if (words.turn.turn != 0) begin_turn(words.turn);
 }
 
 inline Work take(void** a) {
-  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), flag = argument<CUdeviceptr>(a, 3),
-             rows_flags = argument<CUdeviceptr>(a, 4), unanswered = argument<CUdeviceptr>(a, 5),
-             request = argument<CUdeviceptr>(a, 6), counts = argument<CUdeviceptr>(a, 9),
-             counts_host = argument<CUdeviceptr>(a, 10), failed_host = argument<CUdeviceptr>(a, 11),
-             begins = argument<CUdeviceptr>(a, 13), answered_host = argument<CUdeviceptr>(a, 16);
-  const Work turn_begins =
-      begins == 0 ? Work() : turn(begins, argument<CUdeviceptr>(a, 14), argument<CUdeviceptr>(a, 15));
-  const auto bytes = argument<std::uint64_t>(a, 2), rows = argument<std::uint64_t>(a, 7),
-             sent = argument<std::uint64_t>(a, 8), number = argument<std::uint64_t>(a, 17);
-  return [=] {
-    const bool failed = unanswered != 0 ? atomic<std::uint64_t>(unanswered).load() != 0
-                                        : atomic<std::uint32_t>(flag).load(std::memory_order_acquire) != 1;
+  const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1);
+  const auto bytes = argument<std::uint64_t>(a, 2);
+  return [=, request = argument<RequestWords>(a, 4)] {
+    const bool failed = request.unanswered != 0
+                            ? atomic<std::uint64_t>(request.unanswered).load() != 0
+                            : atomic<std::uint32_t>(request.flag).load(std::memory_order_acquire) != 1;
     std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
-    write_value(flag, 0)();
-    if (rows_flags != 0 && !failed)
-      for (unsigned i = 0; i < 32; ++i) write_value(rows_flags + 4 * i, 0)();
-    write_value(request, 0)();
-    if (failed) atomic<std::uint64_t>(failed_host).store(1);
-    const std::uint64_t more[] = {1, rows, sent};
-    for (int i = 2; i >= 0; --i) {  // answers last
-      auto* const count = reinterpret_cast<std::uint64_t*>(counts) + i;
-      atomic<std::uint64_t>(counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
-    }
-    if (answered_host != 0) atomic<std::uint64_t>(answered_host).store(number);
-    if (turn_begins) turn_begins();
+    end_request(request, failed);
   };
 }
 
@@ -114,14 +115,18 @@ inline Work await(void** a) {
              failed = argument<CUdeviceptr>(a, 3);
   const auto count = argument<unsigned>(a, 1);
   const bool resets = argument<unsigned>(a, 4) != 0;
-  return [=] {
+  return [=, request = argument<RequestWords>(a, 5)] {
     const auto flag = [=](unsigned i) { return atomic<std::uint32_t>(flags + 4 * i); };
-    for (unsigned i = 0; i < count; ++i)
-      while (flag(i).load(std::memory_order_acquire) == 0) {
-        if (atomic<std::uint32_t>(released).load() != 0) return atomic<std::uint64_t>(failed).store(1);
-        nap();
-      }
-    for (unsigned i = 0; resets && i < count; ++i) flag(i).store(0);
+    const auto all_set = [=] {
+      unsigned set = 0;
+      while (set < count && flag(set).load(std::memory_order_acquire) != 0) ++set;
+      return set == count;
+    };
+    bool answered = false;
+    while (!(answered = all_set()) && atomic<std::uint32_t>(released).load() == 0) nap();
+    if (!answered) atomic<std::uint64_t>(failed).store(1);
+    for (unsigned i = 0; answered && resets && i < count; ++i) flag(i).store(0);
+    if (request.request != 0) end_request(request, atomic<std::uint64_t>(failed).load() != 0);
   };
 }
 

@@ -1,0 +1,40 @@
+// Words that kernels.cu is told of by whoever launches it. Addresses are the device's; 0 where a word is not wanted.
+#pragma once
+
+#include <cstdint>
+
+namespace sidp::nvshmem {
+
+using WordAddress = std::uint64_t;  // a CUdeviceptr
+
+// The engine's turn on this GPU, see csrc/DESIGN.md; words of 64 bits.
+struct TurnWords {
+  WordAddress turn;           // 1 while the engine computes a layer of its own, in host memory
+  WordAddress launched_host;  // answers that the service has launched, in host memory
+  WordAddress served;         // of these the ones that were put, on the device
+};
+
+// What has been answered by one owner, of 64 bits each.
+struct Counts {
+  std::uint64_t answers, rows, bytes;
+};
+
+// Of a request, for the kernel that ends it at its requester.
+struct RequestWords {
+  WordAddress flag;     // of the answer or the host's release, in host memory; set back to 0
+  WordAddress request;  // the requester's word at the owner, in host memory; set back to 0
+  WordAddress
+      rows_flags;  // of its put at the owner; set back to 0 unless nobody answered, so that no op waits for them
+  WordAddress
+      unanswered;  // what sidp_await sets when it fails, on the device; 0: it was the stream that waited for `flag`
+  std::uint64_t sent_rows;    // for the counts
+  std::uint64_t sent_bytes;   // likewise
+  WordAddress counts;         // on the device
+  WordAddress counts_host;    // the same for the host
+  WordAddress failed_host;    // set when there was no answer
+  std::uint64_t number;       // of the answer, for the host:
+  WordAddress answered_host;  // where it is stored
+  TurnWords turn;             // begun here, because a layer of the engine's own comes next; or all 0
+};
+
+}  // namespace sidp::nvshmem
