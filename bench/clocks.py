@@ -1,4 +1,4 @@
-"""Clocks of the GPU, through nvidia-ml-py where it is installed."""
+"""Clock and power of the GPU, through nvidia-ml-py where it is installed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from typing import Any
 
 import torch
 
-MISSING = "no clock to read: the host backend has none, a GPU's needs nvidia-ml-py and a driver that tells it"
+MISSING = "nothing to read: the host backend has none, a GPU's needs nvidia-ml-py and a driver that tells it"
 _EVERY_S = 0.005
 
 
 @contextmanager
-def sm_clock_mhz(device: torch.device, medians: list[float]) -> Iterator[None]:
-    """Appends the median clock of a GPU while the body ran, in MHz; nothing where it cannot be read."""
+def gpu_state(device: torch.device, clock_mhz: list[float], power_w: list[float]) -> Iterator[None]:
+    """Appends what a GPU had while the body ran: the median clock, the mean power; nothing where it cannot be read."""
     nvml, handle = _open(device)
     if nvml is None:
         yield
         return
     over = threading.Event()
-    seen: list[float] = []
+    clocks: list[float] = []
+    powers: list[float] = []
 
     def look() -> None:
         while not over.wait(_EVERY_S):
-            seen.append(float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)))
+            clocks.append(float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)))
+            power = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_POWER_INSTANT])[0]
+            if power.nvmlReturn == nvml.NVML_SUCCESS:
+                powers.append(power.value.uiVal / 1e3)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -37,8 +41,10 @@ def sm_clock_mhz(device: torch.device, medians: list[float]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-    if seen:
-        medians.append(statistics.median(seen))
+    if clocks:
+        clock_mhz.append(statistics.median(clocks))
+    if powers:
+        power_w.append(statistics.mean(powers))
 
 
 @cache  # NVML starts for each process, not for each sample

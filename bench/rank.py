@@ -19,7 +19,7 @@ import sidp_runtime as sidp
 from sidp_runtime import _torch
 from sidp_runtime._torch_gpu import HEAT_S, HEAVY_ROWS, stream_seconds
 
-from .clocks import MISSING, sm_clock_mhz
+from .clocks import MISSING, gpu_state
 from .harness import OWN, Bar, Figure
 from .shapes import Shape
 
@@ -45,12 +45,14 @@ class DilutedSampleError(Exception):
 class Samples:
     """Of each subject: seconds of one iteration by repeat (the slowest rank's), or why there are none.
 
-    ``clock_mhz``: of this rank's GPU during each sample, where a contest was asked for it and it can be read.
+    ``clock_mhz``, ``power_w``: of this rank's GPU during each sample, where a contest was asked for them and they can
+    be read.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, tuple[str, str]] = field(default_factory=dict)  # subject -> status, reason
     clock_mhz: dict[str, list[float]] = field(default_factory=dict)
+    power_w: dict[str, list[float]] = field(default_factory=dict)
 
     def failed(self, subject: str, answers: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any rank's attempt failed; the worst is kept as the reason."""
@@ -191,13 +193,13 @@ class RankContext:
         """Prepares every subject and then samples each ``repeats`` times in turn, every second time in reverse order.
 
         ``ranks``: what stands for all ranks, by default the slowest. ``pace``: each sample follows an uncounted one of
-        the same subject, ``ahead_s`` long. ``clock``: ``clock_mhz`` is wanted. A peer that raises on any rank has no
-        row but a reason; what this package raises, and wrong data, is an error. Subjects do not use the context's
-        collectives.
+        the same subject, ``ahead_s`` long. ``clock``: ``clock_mhz`` and ``power_w`` are wanted. A peer that
+        raises on any rank has no row but a reason; what this package raises, and wrong data, is an error. Subjects do
+        not use the context's collectives.
         """
         result = Samples()
         if clock:
-            self._sample(lambda _: 0.0, 0, [])  # NVML starts now, not while a GPU that is to be hot waits for it
+            self._sample(lambda _: 0.0, 0, ([], []))  # NVML starts now, not while a GPU that is to be hot waits for it
         ready: dict[str, tuple[Sample, int]] = {}
         for name, prepare in subjects.items():
             self.meet()
@@ -214,8 +216,8 @@ class RankContext:
                     if result.failed(name, answers):
                         del ready[name]
                         continue
-                clocks = result.clock_mhz.setdefault(name, []) if clock else None
-                answers = self._attempt_together(name, partial(self._sample, sample, iterations, clocks))
+                state = (result.clock_mhz.setdefault(name, []), result.power_w.setdefault(name, [])) if clock else None
+                answers = self._attempt_together(name, partial(self._sample, sample, iterations, state))
                 if result.failed(name, answers):
                     del ready[name]
                 else:
@@ -227,8 +229,8 @@ class RankContext:
         self.meet()
         return self.gather(_attempt(name, call))
 
-    def _sample(self, sample: Sample, iterations: int, clocks: list[float] | None) -> float:
-        with nullcontext() if clocks is None else sm_clock_mhz(self.device, clocks):
+    def _sample(self, sample: Sample, iterations: int, state: tuple[list[float], list[float]] | None) -> float:
+        with nullcontext() if state is None else gpu_state(self.device, *state):
             return sample(iterations)
 
     def record(
@@ -258,11 +260,12 @@ class RankContext:
                         higher_is_better=higher_is_better)  # fmt: skip
 
     def record_clocks(self, samples: Samples, parameters: Mapping[str, int | str]) -> None:
-        """A row ``sm_clock`` for each subject of a contest: of rank 0's GPU. It explains, and has no direction."""
-        for name in samples.seconds:
-            read = tuple(samples.clock_mhz[name])
-            row: dict[str, Any] = {"samples": read} if read else {"status": "unavailable", "reason": MISSING}
-            self.figure("sm_clock", name, "MHz", parameters=parameters, **row)
+        """Rows ``sm_clock`` and ``power`` of a contest: of rank 0's GPU. They explain, and have no direction."""
+        for metric, unit, readings in (("sm_clock", "MHz", samples.clock_mhz), ("power", "W", samples.power_w)):
+            for name in samples.seconds:
+                read = tuple(readings[name])
+                row: dict[str, Any] = {"samples": read} if read else {"status": "unavailable", "reason": MISSING}
+                self.figure(metric, name, unit, parameters=parameters, **row)
 
     # --- Time -------------------------------------------------------------------------------------------------------
 

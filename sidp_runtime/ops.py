@@ -64,3 +64,13 @@ class OpProgram:
     def out_row_bytes(self) -> int:
         columns = zip(self.output_columns, self.output_dtypes, strict=True)
         return sum(count * DTYPE_BYTES[dtype] for count, dtype in columns)
+
+
+def buckets_of(max_rows: int, row_buckets: Sequence[int] | None) -> list[int]:
+    """Row counts that owners compute, ascending: those given, or powers of two up to ``max_rows``."""
+    if row_buckets is not None:
+        buckets = list(row_buckets)
+        if not buckets or (max_rows and max_rows != buckets[-1]):
+            raise ConfigError(f"row_buckets {buckets} must end in max_rows {max_rows}")
+        return buckets
+    return [1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows] + [max_rows]

@@ -14,7 +14,7 @@ from . import _C, _torch
 from ._C import Mode, StepKind
 from .errors import ClosedError, ConfigError, SidpError, SlowCopyWarning, UnhelpfulWarning, UnknownNameError
 from .manifest import DTYPE_BYTES
-from .ops import Op, OpProgram
+from .ops import Op, OpProgram, buckets_of
 from .policy import ModePolicy, advice
 from .tracing import NUM_EVENTS, Tracing
 from .weight_pool import WeightPool
@@ -124,7 +124,7 @@ class Runtime:
         self.policy = policy or ModePolicy.calibrated_in_turns(pool)
         if self._device is None and row_buckets is not None:
             raise ConfigError("the host backend computes every row count; row_buckets are for GPUs")
-        buckets = _row_buckets(max_rows, row_buckets) if self._device is not None and ops else []
+        buckets = buckets_of(max_rows, row_buckets) if self._device is not None and ops else []
         max_rows = buckets[-1] if buckets else max_rows
         self._ops = {op.name: index for index, op in enumerate(ops)}
         if len(self._ops) != len(ops):
@@ -395,12 +395,3 @@ def _no_stream(stream: object) -> int:
     if stream is not None:
         raise ConfigError("the host backend has no streams: the calling thread is the stream; pass None")
     return 0
-
-
-def _row_buckets(max_rows: int, row_buckets: Sequence[int] | None) -> list[int]:
-    if row_buckets is not None:
-        buckets = list(row_buckets)
-        if not buckets or (max_rows and max_rows != buckets[-1]):
-            raise ConfigError(f"row_buckets {buckets} must end in max_rows {max_rows}")
-        return buckets
-    return [1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows] + [max_rows]

@@ -75,10 +75,14 @@ def _calls(context: RankContext, replica: Replica) -> dict[str, tuple[Callable[[
             fetch_all()
             return time.perf_counter() - start
 
-    def ask() -> None:
+    def ask() -> float:
+        waited = runtime.stats()["reply_wait_ns"]  # for answers, so as not to run too far ahead
         with replica.step(1, Mode.CAS):
+            start = time.perf_counter()
             for i in streamed:
                 runtime.remote_compute(i, OP, x, stream=stream)
+            seconds = time.perf_counter() - start
+        return float(seconds - (runtime.stats()["reply_wait_ns"] - waited) / 1e9)
 
     calls: dict[str, tuple[Callable[[], Any], int]] = {
         "sidp_empty_step": (step, 1),

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
+#include <numeric>
 #include <sstream>
 
 #include "backends/registry.hpp"
@@ -260,31 +261,27 @@ class RankProcess {
   // Requests one after the other, each of a layer that is asked for and of `local` layers in front of it.
   void run_ahead(Runtime& runtime) {
     const Stream stream = gpu_->hooks().stream;
-    const Op& op = runtime.mailbox()->ops()[0];
     LayerIndex remote = 0, local = 0;
     while (runtime.pool().is_local(remote)) ++remote;
     while (!runtime.pool().is_local(local)) ++local;
-    std::vector<std::byte> x(op.in_row_bytes), y(op.out_row_bytes);
+    std::vector<std::byte> x(4096), y(4096);
     std::int64_t unanswered = 0;
     const auto answered = [&] {
-      std::int64_t count = 0;
-      for (const auto n : runtime.stats().requester.requests_by_peer) count += static_cast<std::int64_t>(n);
-      return count;
+      const auto by_peer = runtime.stats().requester.requests_by_peer;
+      return std::accumulate(by_peer.begin(), by_peer.end(), std::int64_t{0});
     };
     runtime.begin_step(stream, 1);
     for (std::int64_t asked = 1; asked <= 12; ++asked) {
-      for (std::int64_t i = 0; i < number("local", 0); ++i) {
+      for (std::int64_t i = 0; i < number("local", 0); runtime.release_layer(stream, local), ++i)
         (void)runtime.fetch_layer(stream, local);
-        runtime.release_layer(stream, local);
-      }
       runtime.remote_compute(stream, remote, 0, x.data(), 1, y.data());
       unanswered = std::max(unanswered, asked - answered());
     }
-    runtime.end_step(/*broken_off=*/false);
+    runtime.end_step(false);
     note("unanswered", unanswered);
     runtime.begin_step(stream, 1, StepKind::kRun, Mode::kWas);
     note("unanswered_before_was", 12 - answered());
-    runtime.end_step(/*broken_off=*/true);
+    runtime.end_step(true);
   }
 
   // Pools one after the other on a device where others take memory and give it back in between.

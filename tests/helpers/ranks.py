@@ -126,6 +126,8 @@ def open_replica(
         placement = model.placement(context.world_size, ring_slots=ring_slots, resident_layers=resident_layers)
         if backend != "host" and ops:
             runtime_arguments.setdefault("row_buckets", range(1, max_rows + 1))  # every count: results are bit-equal
+        # a context on the other GPU takes a second where many processes start
+        runtime_arguments.setdefault("owners_engines", mode != "cas")
         with sidp.WeightPool(group, model.layers(), placement) as pool:
             model.fill(pool)
             pool.publish()

@@ -148,15 +148,15 @@ def test_as_many_steps_as_take_a_sample(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_clock_is_that_of_what_counts_and_has_no_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running: list[list[float]] = []
+    running: list[tuple[list[float], list[float]]] = []
 
     @contextmanager
-    def clock(device: torch.device, medians: list[float]) -> Iterator[None]:
-        running.append(medians)
+    def state(device: torch.device, clocks: list[float], powers: list[float]) -> Iterator[None]:
+        running.append((clocks, powers))
         yield
-        assert running.pop() is medians
+        assert running.pop()[0] is clocks
 
-    monkeypatch.setattr(bench.rank, "sm_clock_mhz", clock)
+    monkeypatch.setattr(bench.rank, "gpu_state", state)
     made = context(tmp_path)
     meet = made.meet
 
@@ -167,45 +167,57 @@ def test_the_clock_is_that_of_what_counts_and_has_no_direction(tmp_path: Path, m
     monkeypatch.setattr(made, "meet", meet_unclocked)
 
     def sample(n: int) -> float:
-        for medians in running:
-            medians.append(1980.0 - n)
+        for clocks, powers in running:
+            clocks.append(1980.0 - n)
+            powers.append(100.0 * n)
         return 1.0
 
     subjects = {"a": lambda: (sample, 4), "b": lambda: (lambda _: 1.0, 4)}
     assert made.contest(subjects, pace=Pace(0.1, 0.2)).clock_mhz == {}
     samples = made.contest(subjects, pace=Pace(0.1, 0.2), clock=True)
     made.record_clocks(samples, {"tokens": 8})
-    a, b = (json.loads(line) for line in (tmp_path / "rows-0.jsonl").read_text().splitlines())
+    a, b, power, _ = (json.loads(line) for line in (tmp_path / "rows-0.jsonl").read_text().splitlines())
     assert (a["key"], a["samples"]) == ("case/sm_clock/a tokens=8", [1976.0] * 3)
+    assert (power["key"], power["samples"]) == ("case/power/a tokens=8", [400.0] * 3)
     assert a["higher_is_better"] is None
     assert (b["status"], b["reason"]) == ("unavailable", bench.clocks.MISSING)
 
 
-def test_nvml_starts_once_and_gives_the_median_of_each_body(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_starts_once_and_gives_the_clock_and_power_of_each_body(monkeypatch: pytest.MonkeyPatch) -> None:
     starts, asked, mhz = [], [], [1000.0]
 
     def read(handle: str, kind: str) -> float:
         asked.append((handle, kind))
         return mhz[0]
 
+    def fields(handle: str, names: list[str]) -> list[SimpleNamespace]:
+        assert (handle, names) == ("GPU-0-1", ["power"])
+        milliwatts = int(mhz[0] * 400)
+        return [SimpleNamespace(nvmlReturn=0 if mhz[0] > 1300 else 3, value=SimpleNamespace(uiVal=milliwatts))]
+
     nvml = SimpleNamespace(
         NVMLError=OSError,
+        NVML_SUCCESS=0,
         NVML_CLOCK_SM="sm",
+        NVML_FI_DEV_POWER_INSTANT="power",
         nvmlInit=lambda: starts.append(1),
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetClockInfo=read,
+        nvmlDeviceGetFieldValues=fields,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0-1"))
     bench.clocks._open.cache_clear()
-    medians: list[float] = []
+    clocks: list[float] = []
+    powers: list[float] = []
     try:
         for mhz[0] in (1500.0, 1200.0):
-            with bench.clocks.sm_clock_mhz(torch.device("cuda", 0), medians):
+            with bench.clocks.gpu_state(torch.device("cuda", 0), clocks, powers):
                 seen = len(asked)
                 while len(asked) < seen + 3:
                     time.sleep(0.001)
     finally:
         bench.clocks._open.cache_clear()
-    assert (medians, len(starts), set(asked)) == ([1500.0, 1200.0], 1, {("GPU-0-1", "sm")})
+    assert (clocks, len(starts), set(asked)) == ([1500.0, 1200.0], 1, {("GPU-0-1", "sm")})
+    assert powers == [600.0]  # the second time the driver did not tell it
     assert bench.clocks._open(torch.device("cpu")) == (None, None)
