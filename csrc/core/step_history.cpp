@@ -34,9 +34,11 @@ void StepHistory::fill(PolicySnapshot& snapshot) const {
   for (const Mode mode : {Mode::kWas, Mode::kCas}) {
     Correction& correction = mode == Mode::kWas ? snapshot.was : snapshot.cas;
     correction = {};
-    // The size itself, then the next smaller and larger one.
+    // The size itself, then the next smaller and larger one; not they, once the mode was left alone here for long: it is
+    // tried then, or what is right for a neighbour could keep it away for ever.
+    const bool due = sizes_[size].by_mode[index(mode)].forgotten > 0;
     for (const std::size_t s : {size, size - 1, size + 1}) {
-      if (s >= sizes_.size()) continue;
+      if (s >= sizes_.size() || (due && s != size)) continue;
       const Samples& samples = sizes_[s].by_mode[index(mode)];
       if (samples.count < kEnough) continue;
       correction = {samples.factor, samples.count};
@@ -63,7 +65,8 @@ void StepHistory::ran(const Decision& decision) {
   size.previous = mode;
   if (++size.chosen % kCalmAfter == 0) size.recent_changes /= 2;
   Samples& other = size.by_mode[1 - index(mode)];
-  if (other.count > 0 && ++other.idle >= kForgetAfter << other.forgotten) {
+  if (++other.idle >= kForgetAfter << other.forgotten) {
+    other.idle = 0;
     other.count = other.next = 0;
     other.factor = 1;
     other.forgotten = std::min(other.forgotten + 1, kMostForgotten);
