@@ -35,6 +35,7 @@ struct Status {
   X(cuCtxCreate)                       \
   X(cuCtxDestroy)                      \
   X(cuCtxSetLimit)                     \
+  X(cuCtxGetCurrent)                   \
   X(cuCtxPushCurrent)                  \
   X(cuCtxPopCurrent)                   \
   X(cuThreadExchangeStreamCaptureMode) \
@@ -50,6 +51,7 @@ struct Status {
   X(cuMemHostRegister)                 \
   X(cuMemHostUnregister)               \
   X(cuMemcpyAsync)                     \
+  X(cuMemcpyDtoDAsync)                 \
   X(cuMemcpyPeerAsync)                 \
   X(cuMemsetD8Async)                   \
   X(cuStreamCreateWithPriority)        \

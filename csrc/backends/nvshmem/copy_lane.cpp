@@ -119,14 +119,14 @@ bool CopyLane::wait_full(Stream stream, std::uint32_t flag) {
   if (!slot.copied)  // to wait for its event would be to wait for an older copy
     throw Error(ErrorCode::kDevice, "no copy could be queued for ring slot " + std::to_string(flag) + " on device " +
                                         std::to_string(device_.ordinal()) + "; an earlier error says why");
-  const ContextScope scope(device_);
+  const CurrentContext scope(device_);  // a capture forbids no thread what is enqueued here
   wait_for(slot.full.load(std::memory_order_relaxed), static_cast<CUstream>(stream.handle));
   return true;
 }
 
 bool CopyLane::set_empty(Stream stream, std::uint32_t flag) {
   Slot& slot = slots_[flag];
-  const ContextScope scope(device_);
+  const CurrentContext scope(device_);
   auto* const on = static_cast<CUstream>(stream.handle);
   if (slot.flagged)
     device_.check(device_.api().cuStreamWriteValue32(on, this->flag(flag), kEmpty, 0), "cuStreamWriteValue32");
@@ -140,7 +140,7 @@ void CopyLane::used_by_graph(std::uint32_t flag) {
   Slot& slot = slots_[flag];
   slot.empty = true;
   slot.used_by_event = false;
-  const ContextScope scope(device_);
+  const CurrentContext scope(device_);
   queue_next(kNoPass);
 }
 
@@ -235,9 +235,10 @@ void CopyLane::start(CUstream on, Slot& slot) {
 
 void CopyLane::move(CUstream on, const LaneOp& copy) {
   if (copy.kind == LaneOp::Kind::kCopy)
-    device_.check(device_.api().cuMemcpyAsync(device_pointer(copy.dst), device_pointer(copy.src), copy.bytes, on), [&] {
-      return "cuMemcpyAsync of " + std::to_string(copy.bytes) + " bytes from rank " + std::to_string(copy.peer);
-    });
+    device_.check(
+        device_.api().cuMemcpyDtoDAsync(device_pointer(copy.dst), device_pointer(copy.src), copy.bytes, on), [&] {
+          return "cuMemcpyDtoDAsync of " + std::to_string(copy.bytes) + " bytes from rank " + std::to_string(copy.peer);
+        });
   else
     nvshmem_.getmem_on_stream(copy.dst, copy.src, copy.bytes, copy.peer, on);
   ++queued_;

@@ -72,6 +72,13 @@ void Device::use_memory_of(const Device& other) const {
   check(result, [&] { return "cuCtxEnablePeerAccess to device " + std::to_string(other.ordinal_); });
 }
 
+// An engine's thread has it already, and asking costs less than to push and to pop.
+CurrentContext::CurrentContext(const Device& device) noexcept : device_(device), pushed_(false) {
+  CUcontext current = nullptr;
+  if (device.api_.cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == device.context_) return;
+  pushed_ = device.api_.cuCtxPushCurrent(device.context_) == CUDA_SUCCESS;
+}
+
 CurrentContext::~CurrentContext() {
   CUcontext popped = nullptr;
   if (pushed_) device_.api_.cuCtxPopCurrent(&popped);

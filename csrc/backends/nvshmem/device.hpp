@@ -58,8 +58,7 @@ class Device {
 // The device's context is the calling thread's while this lives; then again the one that was before.
 class CurrentContext {
  public:
-  explicit CurrentContext(const Device& device) noexcept  // a failure is that of the next call
-      : device_(device), pushed_(device.api_.cuCtxPushCurrent(device.context_) == CUDA_SUCCESS) {}
+  explicit CurrentContext(const Device& device) noexcept;  // a failure is that of the next call
   ~CurrentContext();
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;

@@ -91,6 +91,10 @@ EMULATED CUresult cuCtxEnablePeerAccess(CUcontext context, unsigned) {
   return context == current() ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
 }
 EMULATED CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
+EMULATED CUresult cuCtxGetCurrent(CUcontext* context) {
+  *context = current();
+  return CUDA_SUCCESS;
+}
 EMULATED CUresult cuCtxPushCurrent(CUcontext context) { return push(context); }
 EMULATED CUresult cuCtxPopCurrent(CUcontext* context) {
   if (pushed == 0) return CUDA_ERROR_INVALID_CONTEXT;
@@ -161,6 +165,9 @@ EMULATED CUresult cuMemSetAccess(CUdeviceptr pointer, std::size_t bytes, const C
 EMULATED CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, std::size_t bytes, CUstream stream) {
   if (!may_read(src, bytes)) return CUDA_ERROR_INVALID_VALUE;
   return enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<void*>(src), bytes); });
+}
+EMULATED CUresult cuMemcpyDtoDAsync(CUdeviceptr dst, CUdeviceptr src, std::size_t bytes, CUstream stream) {
+  return cuMemcpyAsync(dst, src, bytes, stream);
 }
 EMULATED CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, std::size_t count, CUstream stream) {
   return enqueue(stream, [=] { std::memset(reinterpret_cast<void*>(dst), value, count); });
