@@ -12,9 +12,8 @@ namespace {
 
 ActivationChannel::Requests requests_of(StepKind kind, Mode mode) {
   using Requests = ActivationChannel::Requests;
-  if (mode != Mode::kCas) return Requests::kNone;
-  if (kind == StepKind::kRun) return Requests::kOneByOne;
-  return kind == StepKind::kCapture ? Requests::kCaptured : Requests::kReplayed;
+  if (kind == StepKind::kRun) return mode == Mode::kCas ? Requests::kOneByOne : Requests::kNone;
+  return kind == StepKind::kReplay && mode == Mode::kCas ? Requests::kReplayed : Requests::kInGraph;
 }
 
 }  // namespace

@@ -34,8 +34,8 @@ void StepHistory::fill(PolicySnapshot& snapshot) const {
   for (const Mode mode : {Mode::kWas, Mode::kCas}) {
     Correction& correction = mode == Mode::kWas ? snapshot.was : snapshot.cas;
     correction = {};
-    // The size itself, then the next smaller and larger one; not they, once the mode was left alone here for long: it is
-    // tried then, or what is right for a neighbour could keep it away for ever.
+    // The size itself, then the next smaller and larger one; not they, once the mode was left alone here for long: it
+    // is tried then, or what is right for a neighbour could keep it away for ever.
     const bool due = sizes_[size].by_mode[index(mode)].forgotten > 0;
     for (const std::size_t s : {size, size - 1, size + 1}) {
       if (s >= sizes_.size() || (due && s != size)) continue;

@@ -119,8 +119,9 @@ struct ChannelOptions {
 // Both sides of CaS on one rank. Every backend's channel keeps this contract.
 class ActivationChannel {
  public:
-  // How the requests of a step reach its stream: as they are made, or in a graph.
-  enum class Requests : std::uint8_t { kNone, kOneByOne, kCaptured, kReplayed };
+  // What of a step reaches its stream call by call: nothing, as a graph is made, or a graph without requests launched;
+  // nothing, as one with requests is; all of it, without requests; or with them.
+  enum class Requests : std::uint8_t { kInGraph, kReplayed, kNone, kOneByOne };
 
   virtual ~ActivationChannel() = default;  // stops
   // Begins to answer the other ranks.

@@ -22,7 +22,7 @@ using BeginCapture = CUresult(CUstream, CUstreamCaptureMode);
 using EndCapture = CUresult(CUstream, CUgraph*);
 
 constexpr Milliseconds kStreamDeadline{20000};
-constexpr ByteCount kMostBytes = 4096;  // of an op's answer
+constexpr ByteCount kMostBytes = 32768;  // of an op's answer
 
 void* load(const char* path) {
   // By path and before anybody else: a later request for its soname finds this one.
@@ -75,8 +75,10 @@ class Emulation final : public EmulatedGpu {
     end_capture();
   }
   void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
-  void hide_peers() override { set_devices(rank_, 1); }
-  void fail_access() override { look_up<void()>(cuda_, "emulator_fail_access")(); }
+  void misbehave(const std::string& how) override {
+    if (how == "hide_peers") return set_devices(rank_, 1);
+    if (!how.empty()) look_up<void()>(cuda_, ("emulator_" + how).c_str())();
+  }
   void hold_gets() override { look_up<void()>(nvshmem_, "emulator_hold_gets")(); }
   void hold_context() override { look_up<void(CUstream)>(cuda_, "emulator_hold_context")(current_); }
   [[nodiscard]] WorkloadHooks hooks() override;
@@ -266,7 +268,16 @@ void Emulation::check_replay(Workload& workload, Runtime& runtime) {
     });
   if (runtime.stats().steps != decltype(runtime.stats().steps){}) throw Mismatch("a capture was counted as a step");
   for (int i = 0; i < 60; ++i) {
-    if (i % 10 == 4) workload.step(runtime, {}, random);
+    if (i % 10 == 4) {  // calls one by one follow a graph of requests
+      runtime.begin_step(stream, 1, StepKind::kRun, Mode::kWas);
+      const auto answered = runtime.stats().requester.requests_by_peer;
+      device_->api().cuStreamSynchronize(current_);
+      if (i == 4 && answered != runtime.stats().requester.requests_by_peer)
+        throw Mismatch("a step began before the requests of the graph before it were answered");
+      workload.forward(runtime, Mode::kWas, -1, random);
+      runtime.end_step(/*broken_off=*/false);
+      workload.step(runtime, {}, random);
+    }
     const Mode mode = runtime.begin_step(stream, 1, StepKind::kReplay, i % 3 == 0 ? Mode::kCas : Mode::kWas).mode;
     if (i % 10 == 5) {  // the engine raised before the launch
       runtime.end_step(/*broken_off=*/true);

@@ -17,10 +17,11 @@ class EmulatedGpu {
   virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
   virtual void fail_launches() = 0;               // of graphs
   virtual void fail_registration() = 0;           // of memory with NVSHMEM
-  virtual void hide_peers() = 0;                  // their devices are not visible to this process
-  virtual void fail_access() = 0;                 // of a peer's device to its memory from this process
-  virtual void hold_gets() = 0;                   // from now on they never arrive
-  virtual void hold_context() = 0;                // until the stream of the steps is idle
+  // From now on: "hide_peers", whose devices this process does not see; "fail_access" of these to their memory from
+  // here; "die_in_answer" when its first block has arrived; "slow_puts", whose first block comes last, and late. Or "".
+  virtual void misbehave(const std::string& how) = 0;
+  virtual void hold_gets() = 0;     // from now on they never arrive
+  virtual void hold_context() = 0;  // until the stream of the steps is idle
   [[nodiscard]] virtual WorkloadHooks hooks() = 0;
   // Ops of captured graphs in the place of the given ones, and their capture once the runtime is made.
   virtual std::vector<Op> ops(Backend& backend, const std::vector<Op>& plain) const = 0;

@@ -73,8 +73,7 @@ class RankProcess {
                                                      Milliseconds(number("setup_deadline_ms", 30000)), hold);
     const std::string name = text("backend", "host");
     if (name == "nvshmem") gpu_ = make_emulated_gpu(folder_, rank_, spec_.world_size);
-    if (gpu_ && text("peers", "") == "hidden") gpu_->hide_peers();
-    if (gpu_ && text("peers", "") == "refused") gpu_->fail_access();
+    if (gpu_) gpu_->misbehave(text("misbehave", ""));
     if (text("do", "steps") == "reopen") return reopen(bootstrap);
     if (text("do", "steps") == "events") return gpu_->check_events();
     auto backend = make_backend({.name = name,
@@ -100,7 +99,7 @@ class RankProcess {
     options.profile = cas_profile();
     if (text("mode", "auto") == "was") options.policy.fixed = Mode::kWas;
     if (text("mode", "auto") == "cas") options.policy.fixed = Mode::kCas;
-    options.lane.owners_engines = text("peers", "") != "read";
+    options.lane.owners_engines = number("owners_engines", 1) != 0;
     options.lane.stop_deadline = Milliseconds(number("stop_deadline_ms", 10000));
     options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
@@ -264,7 +263,7 @@ class RankProcess {
     LayerIndex remote = 0, local = 0;
     while (runtime.pool().is_local(remote)) ++remote;
     while (!runtime.pool().is_local(local)) ++local;
-    std::vector<std::byte> x(4096), y(4096);
+    std::vector<std::byte> x(8192), y(8192);
     std::int64_t unanswered = 0;
     const auto answered = [&] {
       const auto by_peer = runtime.stats().requester.requests_by_peer;

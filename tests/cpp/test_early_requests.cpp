@@ -76,5 +76,42 @@ TEST(EarlyRequests, StandInsFindTheRowsThatTheOwnerSaw) {
   EXPECT_LT(number(group.result(0), "total_ms"), 5000);
 }
 
+// The owner dies when a part of its answer has arrived: what runs in its place answers anew.
+TEST(EarlyRequests, OwnersDieInTheirAnswer) {
+  RankGroup group = group_of(2);
+  group.start(0, {"steps=20", "deadline_ms=10000", "misbehave=slow_puts"});
+  group.start(1, {"steps=0", "linger=1", "misbehave=die_in_answer"});
+  EXPECT_EQ(group.wait(0), 0) << group.log(0) << group.result(0)["message"];
+  EXPECT_GT(number(group.result(0), "fallbacks"), 0);
+}
+
+// Rank 2 waits behind rank 0, whose rows do not come, with the deadline that all have: it does not pay for that.
+TEST(EarlyRequests, WhoWaitsBehindAStuckRequesterIsAnsweredInTime) {
+  RankGroup group = group_of(3);
+  group.start(0, {"do=held_rows", "deadline_ms=800"});
+  group.start(1, {"steps=0", "linger=1", "deadline_ms=800", "op_delay_ms=2"});
+  group.start(2, {"steps=5", "linger=1", "deadline_ms=800"});
+  group.wait_for_mark(0, "rung");
+  group.wait_for_mark(2, "waiting");
+  group.set_mark("rows");
+  group.set_mark("stop");
+  EXPECT_EQ(group.wait(2), 0) << group.log(2) << group.result(2)["message"];
+  EXPECT_EQ(group.wait(1), 0) << group.log(1) << group.result(1)["message"];
+  EXPECT_EQ(number(group.result(1), "not_served"), 1);
+}
+
+TEST(EarlyRequests, CloseDoesNotWaitForRowsThatDoNotCome) {
+  RankGroup group = group_of(2);
+  group.start(0, {"do=held_rows", "deadline_ms=60000"});
+  group.start(1, {"steps=0", "linger=1", "deadline_ms=60000"});
+  group.wait_for_mark(0, "rung");
+  std::this_thread::sleep_for(kTaken);
+  group.set_mark("stop");
+  group.wait_for_mark(1, "closed");
+  group.set_mark("rows");
+  EXPECT_EQ(group.wait(1), 0) << group.log(1);
+  EXPECT_EQ(number(group.result(1), "idle"), 1);
+}
+
 }  // namespace
 }  // namespace sidp::test

@@ -127,12 +127,13 @@ TEST(GpuBackend, UsageErrorsLeaveItInOrder) {
 
 // In steps of all kinds, some broken off; by turns in graphs.
 TEST(GpuBackend, OwnersThatCannotWriteAreRead) {
-  for (const auto& [peers, why] : {std::pair{"hidden", "its GPU is not visible to this process"},
-                                   {"refused", "cuMemSetAccess for device 1 to 4096 bytes of its owner failed"},
-                                   {"read", ""}}) {
+  for (const auto& [how, why] :
+       {std::pair{"misbehave=hide_peers", "its GPU is not visible to this process"},
+        {"misbehave=fail_access", "cuMemSetAccess for device 1 to 4096 bytes of its owner failed"},
+        {"owners_engines=0", ""}}) {
     for (const std::string what : {"steps", "replay"}) {
-      SCOPED_TRACE(what + ", peers " + peers);
-      RankGroup group(2, gpu({"mode=was", "steps=20", "do=" + what, std::string("peers=") + peers}));
+      SCOPED_TRACE(what + ", " + how);
+      RankGroup group(2, gpu({"mode=was", "steps=20", "do=" + what, how}));
       group.start_all();
       expect_all_finish(group, 2);
       for (Rank rank = 0; rank < 2; ++rank) {
@@ -207,7 +208,7 @@ TEST(GpuBackend, StepsOnTwoStreamsKeepTheirOrder) {
 
 TEST(GpuBackend, GraphsAreReplayedBetweenEagerAndBrokenSteps) {
   for (const std::string slots : {"2", "3"}) {
-    RankGroup group(2, gpu({"do=replay", "slots=" + slots, "linger=1"}));
+    RankGroup group(2, gpu({"do=replay", "slots=" + slots, "service_delay_us=500", "linger=1"}));
     group.start_all();
     for (Rank rank = 0; rank < 2; ++rank) group.wait_for_mark(rank, "waiting");
     group.set_mark("stop");

@@ -38,7 +38,7 @@ void check_usage(Workload& workload, Runtime& runtime, const WorkloadSpec& spec,
   const LayerIndex first = plan[0].layer, second = plan[1].layer;
   LayerIndex local = 0;
   while (!placement.is_local(rank, local)) ++local;
-  std::vector<std::byte> x(static_cast<std::size_t>(spec.max_rows + 1) * 64), y(x.size());
+  std::vector<std::byte> x(static_cast<std::size_t>(spec.max_rows + 1) * 8192), y(x.size());
   const auto compute = [&](LayerIndex layer, OpIndex op, std::int64_t rows) {
     return [&, layer, op, rows] { runtime.remote_compute(stream, layer, op, x.data(), rows, y.data()); };
   };

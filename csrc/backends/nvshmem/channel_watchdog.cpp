@@ -1,5 +1,5 @@
 // What goes wrong with requests. The watch over a channel's own ones: who answers one whose owner died or hangs, and
-// when it is given up; and over the rows that others' have still to bring.
+// when it is given up; the answer in the owner's place; and the watch over the rows that others' have still to bring.
 #include <string>
 
 #include "stream_channel.hpp"
@@ -81,19 +81,21 @@ void StreamChannel::give_up_on(Rank owner, const std::string& what) {
   not_answered(rank_, owner);
 }
 
-// A graph of this rank's service may wait for the rows of a request, and all others wait behind it. They come in some
-// microseconds, unless the requester's process ended or its GPU hangs. Its requests are not answered any more then: a
-// living one hears that at its own deadline. Makes no CUDA call, as watch().
+// The graph that this rank's service runs now may wait for the rows of its request, and all others wait behind it. They
+// come in some microseconds, unless the requester's process ended or its GPU hangs. Its requests are not answered any
+// more then: a living one hears that at its own deadline, those behind it at half of theirs. Makes no CUDA call, as
+// watch().
 void StreamChannel::watch_rows(Rank requester) {
   InWork& work = in_work_[static_cast<std::size_t>(requester)];
   const std::uint32_t word = atomic(memory_.request(rank_, requester).host).load(std::memory_order_acquire);
   if (word == 0 || (word & Request::kWaiting) != 0 || !spins(Request::from(word).rows)) return work.since.reset();
-  const std::uint64_t served = served_by_peer_[static_cast<std::size_t>(requester)].load(std::memory_order_relaxed);
+  const std::uint64_t launch = launch_for_[static_cast<std::size_t>(requester)].load(std::memory_order_relaxed);
+  if (host_.load(index(HostWord::kServed)) + 1 != launch) return work.since.reset();
   const auto now = Clock::now();
-  if (!work.since || work.served != served) work = {served, now};
+  if (!work.since || work.launch != launch) work = {launch, now};
   const auto waited = now - *work.since;
   if (waited < kLivenessCheck || host_.load(given_up_index(requester)) != 0) return;
-  if (waited < options_.deadline && pool_.backend().alive(requester)) return;
+  if (waited < options_.deadline / 2 && pool_.backend().alive(requester)) return;
   served_failed_.fetch_add(1, std::memory_order_relaxed);
   host_.store(given_up_index(requester), 1);
 }
@@ -101,6 +103,26 @@ void StreamChannel::watch_rows(Rank requester) {
 void StreamChannel::give_up() noexcept {
   host_.store(given_up_index(rank_), 1);  // nor does a stand-in wait for rows
   void_.store(true);
+}
+
+void StreamChannel::stand_in(Rank owner, const Request& request) {
+  const TraceSpan span = service_span(TraceEvent::Kind::kStandIn, owner, request);
+  try {
+    if (spins(
+            request.rows))  // a part of the dead owner's answer may have come: its flags would be left to the next one
+      device_->check(device_->api().cuMemsetD8Async(memory_.reply_flags(rank_, owner), 0,
+                                                    Kernels::kMaxBlocks * sizeof(std::uint32_t), service_stream_.get()),
+                     "cuMemsetD8Async of the flags of an answer");
+    launch({owner, rank_, request.rows}, request);
+    stood_in_.fetch_add(1, std::memory_order_relaxed);
+  } catch (const std::exception& error) {
+    record({ErrorCode::kRemoteOp,
+            "rank " + std::to_string(owner) + " no longer answers rank " + std::to_string(rank_) +
+                ", and the op could not be launched here: " + error.what(),
+            {.rank = rank_, .peer = owner, .layer = request.layer}});
+    give_up();
+    not_answered(rank_, owner);
+  }
 }
 
 void StreamChannel::not_answered(Rank requester, Rank owner) {

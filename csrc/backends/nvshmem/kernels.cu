@@ -113,6 +113,9 @@ __device__ inline void end_request(const RequestWords& words, bool failed) {
   store(&counts_host->bytes, now.bytes);
   store(&counts_host->answers, now.answers);
   if (words.answered_host != 0) store(word64(words.answered_host), words.number);
+  // The rows flags lie across one link and the next bell across another: theirs must have arrived before it rings. The
+  // end of the kernel would wait for all of this anyway.
+  if (words.rows_flags != 0) __threadfence_system();
 }
 
 }  // namespace

@@ -36,7 +36,8 @@ void RunAhead::wait_for(std::uint64_t number) {
       __builtin_ia32_pause();
     else
       std::this_thread::sleep_for(kNap);
-  waited_ns_ += static_cast<std::uint64_t>(std::chrono::nanoseconds(now - start).count());
+  waited_ns_.fetch_add(static_cast<std::uint64_t>(std::chrono::nanoseconds(now - start).count()),
+                       std::memory_order_relaxed);
   if (host_.load(word_) < number) unanswered_.clear();  // or each layer to come would wait as long
 }
 

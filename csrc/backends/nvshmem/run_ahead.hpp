@@ -2,6 +2,7 @@
 // queues".
 #pragma once
 
+#include <atomic>
 #include <deque>
 
 #include "device.hpp"
@@ -26,7 +27,7 @@ class RunAhead {
   void requested() { unanswered_.push_back(layer_); }
   // Waits, likewise, until no request is unanswered.
   void settle();
-  [[nodiscard]] std::uint64_t waited_ns() const { return waited_ns_; }
+  [[nodiscard]] std::uint64_t waited_ns() const { return waited_ns_.load(std::memory_order_relaxed); }
 
  private:
   void wait_for(std::uint64_t number);
@@ -35,8 +36,8 @@ class RunAhead {
   std::size_t word_;
   Milliseconds deadline_;
   std::uint64_t layer_ = 0;
-  std::deque<std::uint64_t> unanswered_;  // or answered since it was looked at last
-  std::uint64_t waited_ns_ = 0;
+  std::deque<std::uint64_t> unanswered_;     // or answered since it was looked at last
+  std::atomic<std::uint64_t> waited_ns_{0};  // others may ask
 };
 
 }  // namespace sidp::nvshmem

@@ -54,6 +54,7 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       service_stream_(device_),
       watches_(static_cast<std::size_t>(world_size_)),
       in_work_(static_cast<std::size_t>(world_size_)),
+      launch_for_(static_cast<std::size_t>(world_size_)),
       gave_up_(static_cast<std::size_t>(world_size_)),
       stand_ins_(static_cast<std::size_t>(world_size_)),
       run_ahead_(host_, index(HostWord::kAnswered), options_.deadline),
@@ -104,7 +105,10 @@ bool StreamChannel::stop() noexcept {
   watch_thread_.join();
   const auto start = Clock::now();
   while (!service_stream_.idle() && Clock::now() - start < kStopDeadline) {  // answers under way still arrive
-    for (Rank peer = 0; peer < world_size_; ++peer) watch_rows(peer);
+    if (Clock::now() - start < kStopDeadline / 2)
+      for (Rank peer = 0; peer < world_size_; ++peer) watch_rows(peer);
+    else  // but rows that have not come by now do not
+      for (Rank peer = 0; peer < world_size_; ++peer) host_.store(given_up_index(peer), 1);
     std::this_thread::sleep_for(kNap);
   }
   return service_stream_.idle();
@@ -164,7 +168,14 @@ TurnWords StreamChannel::turn_words() const {
 
 void StreamChannel::begin_step(Requests requests) {
   one_by_one_ = requests == Requests::kOneByOne;
-  if (!one_by_one_ && requests != Requests::kCaptured) run_ahead_.settle();
+  if (requests == Requests::kInGraph) return;
+  if (requests == Requests::kReplayed) {
+    replayed_ = true;
+    return;
+  }
+  if (replayed_) pool_.backend().wait_step_end(options_.deadline);
+  replayed_ = false;
+  if (!one_by_one_) run_ahead_.settle();
 }
 
 void StreamChannel::begin_turn(Stream stream) {
@@ -325,32 +336,19 @@ void StreamChannel::serve(Rank requester, const Request& request) {
   // Counted first: the requester may have its answer before the launch returns.
   served.fetch_add(1, std::memory_order_relaxed);
   served_rows_.fetch_add(rows, std::memory_order_relaxed);
+  launch_for_[static_cast<std::size_t>(requester)].store(launched_ + 1, std::memory_order_relaxed);
   try {
     launch({rank_, requester, request.rows}, request);
   } catch (const std::exception& error) {
     served.fetch_sub(1, std::memory_order_relaxed);
     served_rows_.fetch_sub(rows, std::memory_order_relaxed);
+    launch_for_[static_cast<std::size_t>(requester)].store(0, std::memory_order_relaxed);
     served_failed_.fetch_add(1, std::memory_order_relaxed);
     record({ErrorCode::kRemoteOp,
             "rank " + std::to_string(rank_) + " could not launch an op for rank " + std::to_string(requester) + ": " +
                 error.what(),
             {.rank = rank_, .peer = requester, .layer = request.layer}});
     not_answered(requester, rank_);
-  }
-}
-
-void StreamChannel::stand_in(Rank owner, const Request& request) {
-  const TraceSpan span = service_span(TraceEvent::Kind::kStandIn, owner, request);
-  try {
-    launch({owner, rank_, request.rows}, request);
-    stood_in_.fetch_add(1, std::memory_order_relaxed);
-  } catch (const std::exception& error) {
-    record({ErrorCode::kRemoteOp,
-            "rank " + std::to_string(owner) + " no longer answers rank " + std::to_string(rank_) +
-                ", and the op could not be launched here: " + error.what(),
-            {.rank = rank_, .peer = owner, .layer = request.layer}});
-    give_up();
-    not_answered(rank_, owner);
   }
 }
 

@@ -109,7 +109,7 @@ class StreamChannel final : public ActivationChannel {
 
   // And of another rank's request that this one has taken.
   struct InWork {
-    std::uint64_t served = 0;  // count when it was first seen
+    std::uint64_t launch = 0;
     std::optional<Clock::time_point> since;
   };
 
@@ -169,10 +169,12 @@ class StreamChannel final : public ActivationChannel {
   ServiceStream service_stream_;
   std::vector<Watch> watches_;
   std::vector<InWork> in_work_;
+  std::vector<std::atomic<std::uint64_t>> launch_for_;  // by requester: number of the last one
   std::vector<std::atomic<bool>> gave_up_;
   std::vector<std::atomic<std::uint32_t>> stand_ins_;             // by owner: request word to answer in its place, or 0
   bool in_turn_ = false;                                          // what is enqueued now; the engine's thread
   bool one_by_one_ = false;                                       // the step's requests; likewise
+  bool replayed_ = false;                                         // some may be under way; likewise
   RunAhead run_ahead_;                                            // likewise
   std::uint64_t launched_ = 0;                                    // answers; the service's thread
   std::vector<std::optional<Clock::time_point>> deferred_since_;  // by requester; the service's thread

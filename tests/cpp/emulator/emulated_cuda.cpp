@@ -1,6 +1,6 @@
 // A stand-in for libcuda.so.1 whose device is this machine: memory is the process's, a stream is a thread that works
 // off a queue, a graph is a list of what was queued while capturing. It runs the GPU backend's C++ code, waits and all,
-// where there is no GPU. It knows the two kernels of csrc/backends/nvshmem/kernels.cu by name and does what they do;
+// where there is no GPU. It knows the kernels of csrc/backends/nvshmem/kernels.cu by name and does what they do;
 // the kernels themselves, and whatever a real driver blocks on, show on a real GPU only.
 #include <cuda.h>
 
@@ -27,6 +27,8 @@ EMULATED void emulator_hold_context(CUstream stream) {
   cuStreamSynchronize(stream);
 }
 EMULATED void emulator_hold_rows(bool hold) { rows_held = hold; }
+EMULATED void emulator_die_in_answer() { dies_in_answer = true; }
+EMULATED void emulator_slow_puts() { slow_puts = true; }
 EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
 
 // This process's devices: its own, then those of the ranks after it.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -46,7 +47,9 @@ Value argument(void** arguments, int index) {
   return *static_cast<Value*>(arguments[index]);
 }
 
-inline std::atomic<bool> rows_held = false;  // for tests: requests stop between their bell and their rows
+// For tests: requests stop between their bell and their rows; answers of several blocks end the process after the first
+// one; puts of several take their time before it.
+inline std::atomic<bool> rows_held = false, dies_in_answer = false, slow_puts = false;
 
 inline Work put(void** a, unsigned blocks) {
   const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3),
@@ -61,10 +64,17 @@ inline Work put(void** a, unsigned blocks) {
       write_value(word, value)();
       while (rows_held) nap();
     }
-    std::memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+    const bool withholds = withheld != 0 && atomic<std::uint64_t>(withheld).load() != 0;
+    const bool dies = dies_in_answer && served != 0 && blocks > 1;
+    for (unsigned n = 0; n < blocks; ++n) {  // the first block last
+      const unsigned i = dies ? n : blocks - 1 - n;
+      if (i == 0 && blocks > 1 && slow_puts) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      const std::uint64_t from = bytes * i / blocks, to = bytes * (i + 1) / blocks;
+      std::memcpy(reinterpret_cast<char*>(dst) + from, reinterpret_cast<const char*>(src) + from, to - from);
+      if (block_flags != 0 && !withholds) write_value(block_flags + 4 * i, 1)();
+      if (dies) ::raise(SIGKILL);
+    }
     if (block_flags == 0 && word != 0) write_value(word, value)();
-    if (block_flags != 0 && (withheld == 0 || atomic<std::uint64_t>(withheld).load() == 0))
-      for (unsigned i = 0; i < blocks; ++i) write_value(block_flags + 4 * i, 1)();
     if (served != 0) atomic<std::uint64_t>(served_host).store(atomic<std::uint64_t>(served).fetch_add(1) + 1);
   };
 }
