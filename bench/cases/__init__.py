@@ -3,6 +3,7 @@
 from ..harness import Case
 
 _COPY_PEERS = (
+    "cudaMemcpyAsync_write",
     "cudaMemcpyAsync",
     "cudaMemcpyBatchAsync",
     "nvshmemx_getmem_on_stream",
