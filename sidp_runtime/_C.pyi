@@ -614,6 +614,7 @@ def make_backend(
     token: str,
     all_gather: collections.abc.Callable[[str, bytes], list[bytes]],
     device: typing.SupportsInt | typing.SupportsIndex = -1,
+    gpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
     deadline_ms: typing.SupportsInt | typing.SupportsIndex = 30000,
     test_without_mappings: bool = False,
 ) -> Backend: ...

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _C, config
 from .errors import ConfigError, DeadlineError, DeviceError, UnsupportedError
@@ -45,8 +45,16 @@ def check_sharing(gpus: Sequence[str]) -> None:
         )
 
 
-def initialise(group: Group, device: int | None) -> tuple[int, list[str]]:
-    """Starts NVSHMEM for the ranks of a group; the ordinal of this rank's GPU, and all ranks' UUIDs. Collective.
+def visible_ordinals(devices: Sequence[Mapping[str, Any]], gpus: Sequence[str]) -> list[int]:
+    """Of GPUs by UUID, their ordinals in this process, whose devices are those; -1: not visible to it."""
+    ordinals = {device["uuid"]: device["ordinal"] for device in devices}
+    return [ordinals.get(gpu, -1) for gpu in gpus]
+
+
+def initialise(group: Group, device: int | None) -> tuple[int, list[str], list[int]]:
+    """Starts NVSHMEM for the ranks of a group. Collective.
+
+    Returns the ordinal of this rank's GPU, and by rank the UUIDs of all and their ordinals here (-1: not visible).
 
     Raises ``UnsupportedError`` if something is missing, ``ConfigError`` if the process belongs to another NVSHMEM job,
     ``DeadlineError``.
@@ -63,8 +71,9 @@ def initialise(group: Group, device: int | None) -> tuple[int, list[str]]:
     config.check_nvshmem()
     device = _torch_gpu.use_device(device)
     job = (group.rank, group.world_size, device)
-    uuid = str(_C.cuda_report()["devices"][device]["uuid"])
-    gpus = [gpu.decode() for gpu in group.all_gather("nvshmem/gpus", uuid.encode())]
+    devices = _C.cuda_report()["devices"]
+    gpus = [gpu.decode() for gpu in group.all_gather("nvshmem/gpus", str(devices[device]["uuid"]).encode())]
+    ordinals = visible_ordinals(devices, gpus)
     check_sharing(gpus)
     # One rank with a process of its own and others with a used one would wait for each other in NVSHMEM.
     started = group.all_gather("nvshmem/started", str(int(_job is not None)).encode())
@@ -75,7 +84,7 @@ def initialise(group: Group, device: int | None) -> tuple[int, list[str]]:
             rank=group.rank,
         )
     if _job is not None:
-        return device, gpus
+        return device, gpus, ordinals
     import nvshmem.core
     from cuda.core import Device
 
@@ -108,7 +117,7 @@ def initialise(group: Group, device: int | None) -> tuple[int, list[str]]:
         _failed = str(errors[0])
         raise DeviceError(f"NVSHMEM did not start on device {device}: {errors[0]}", rank=group.rank) from errors[0]
     _job = job
-    return device, gpus
+    return device, gpus, ordinals
 
 
 def version() -> str:

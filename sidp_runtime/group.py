@@ -67,6 +67,7 @@ class Group:
         self._num_pools = 0
         self._num_turns = 0
         self._gpus: list[str] = []  # UUIDs by rank
+        self._gpu_ordinals: list[int] = []  # likewise, in this process; -1: not visible to it
         self._closed = False
         # The counter of a rank's claim is 1 for the first process and more for the others.
         if self._ask("claim the rank", lambda: store.add(f"{self._prefix}/claim/{rank}", 1)) != 1:
@@ -84,7 +85,7 @@ class Group:
         if backend == "nvshmem":
             from . import _nvshmem
 
-            self.device, self._gpus = _nvshmem.initialise(self, device)
+            self.device, self._gpus, self._gpu_ordinals = _nvshmem.initialise(self, device)
 
     @classmethod
     def from_env(cls, *, backend: str = "host", name: str = "default", deadline_ms: int | None = None) -> Group:
@@ -175,6 +176,7 @@ class Group:
             self.token,
             all_gather,
             device=-1 if self.device is None else self.device,
+            gpus=self._gpu_ordinals,
             deadline_ms=self.deadline_ms,
             test_without_mappings=self._test_without_mappings,
         )

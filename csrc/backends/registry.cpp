@@ -23,8 +23,8 @@ std::shared_ptr<Backend> make_backend(const BackendOptions& options, std::shared
 #ifdef SIDP_HAS_NVSHMEM
   if (options.name == "nvshmem")
     return std::make_shared<nvshmem::NvshmemBackend>(
-        nvshmem::NvshmemOptions{options.rank, options.world_size, options.token, options.device, options.deadline,
-                                options.test_without_mappings},
+        nvshmem::NvshmemOptions{options.rank, options.world_size, options.token, options.device, options.gpus,
+                                options.deadline, options.test_without_mappings},
         std::move(bootstrap));
 #endif
   std::string names;

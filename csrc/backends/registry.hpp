@@ -15,6 +15,7 @@ struct BackendOptions {
   Rank world_size = 1;
   std::string token;
   int device = -1;                     // nvshmem: ordinal of this rank's GPU
+  std::vector<int> gpus{};             // nvshmem: all ranks' in this process, -1: not visible; none: no peer's is
   Milliseconds deadline{30000};        // nvshmem: of each of NVSHMEM's collectives
   bool test_without_mappings = false;  // nvshmem, tests only
 };

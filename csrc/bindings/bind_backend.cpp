@@ -44,12 +44,14 @@ void bind_backend(py::module_& m) {
       "make_backend",
       [](const std::string& name, Rank rank, Rank world_size, const std::string& token,
          const py::typing::Callable<py::typing::List<py::bytes>(py::str, py::bytes)>& all_gather, int device,
-         std::int64_t deadline_ms, bool test_without_mappings) {
-        return make_backend({name, rank, world_size, token, device, Milliseconds(deadline_ms), test_without_mappings},
-                            std::make_shared<PythonBootstrap>(all_gather));
+         std::vector<int> gpus, std::int64_t deadline_ms, bool test_without_mappings) {
+        return make_backend(
+            {name, rank, world_size, token, device, std::move(gpus), Milliseconds(deadline_ms), test_without_mappings},
+            std::make_shared<PythonBootstrap>(all_gather));
       },
       py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("token"), py::arg("all_gather"),
-      py::arg("device") = -1, py::arg("deadline_ms") = 30000, py::arg("test_without_mappings") = false);
+      py::arg("device") = -1, py::arg("gpus") = std::vector<int>{}, py::arg("deadline_ms") = 30000,
+      py::arg("test_without_mappings") = false);
   m.def("measure_round_trip_us", &host::measure_round_trip_us, py::arg("rounds"), ReleaseGil(),
         "Median microseconds of a round trip between two threads through the host backend's flags.");
   m.def("unlink_segments", &host::unlink_segments, py::arg("token"), py::arg("world_size"),

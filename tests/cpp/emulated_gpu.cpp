@@ -58,14 +58,15 @@ class Emulation final : public EmulatedGpu {
   Emulation(const std::filesystem::path& folder, Rank rank, Rank world_size)
       : cuda_(load(SIDP_EMULATED_CUDA)), nvshmem_(load(SIDP_EMULATED_NVSHMEM)) {
     look_up<void(const char*, int, int)>(nvshmem_, "emulator_start_nvshmem")(folder.c_str(), rank, world_size);
-    set_devices(rank, world_size);
-    rank_ = rank;
+    look_up<void(int)>(cuda_, "emulator_set_num_devices")(world_size);
+    for (Rank other = 0; other < world_size; ++other) ordinals_.push_back((other - rank + world_size) % world_size);
     device_ = std::make_shared<const sidp::nvshmem::Device>(0);
     for (auto& stream : streams_)
       stream = std::make_unique<sidp::nvshmem::DeviceStream>(*device_, sidp::nvshmem::DeviceStream::Priority::kDefault);
     current_ = streams_[0]->get();
   }
 
+  [[nodiscard]] std::vector<int> ordinals() const override { return ordinals_; }
   void set_total(std::size_t bytes) override { look_up<void(std::size_t)>(cuda_, "emulator_set_total")(bytes); }
   void take(std::int64_t bytes) override { look_up<void(std::int64_t)>(cuda_, "emulator_use")(bytes); }
   void fail_launches() override { look_up<void(bool)>(cuda_, "emulator_fail_graph_launch")(true); }
@@ -76,7 +77,7 @@ class Emulation final : public EmulatedGpu {
   }
   void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
   void misbehave(const std::string& how) override {
-    if (how == "hide_peers") return set_devices(rank_, 1);
+    if (how == "hide_peers") return ordinals_.clear();
     if (!how.empty()) look_up<void()>(cuda_, ("emulator_" + how).c_str())();
   }
   void hold_gets() override { look_up<void()>(nvshmem_, "emulator_hold_gets")(); }
@@ -94,7 +95,6 @@ class Emulation final : public EmulatedGpu {
   void check_replay(Workload& workload, Runtime& runtime) override;
 
  private:
-  void set_devices(Rank rank, int count) { look_up<void(int, int)>(cuda_, "emulator_set_devices")(rank, count); }
   void enqueue(std::function<void()> work) {
     works_.push_back([this, work = std::move(work)] {
       try {
@@ -128,7 +128,7 @@ class Emulation final : public EmulatedGpu {
   }
 
   void* cuda_;
-  Rank rank_ = 0;
+  std::vector<int> ordinals_;
   void* nvshmem_;
   std::shared_ptr<const sidp::nvshmem::Device> device_;
   std::unique_ptr<sidp::nvshmem::DeviceStream> streams_[2];

@@ -13,12 +13,14 @@ namespace sidp::test {
 class EmulatedGpu {
  public:
   virtual ~EmulatedGpu() = default;
+  // By rank, in this process: its own device is the first, then come those of the ranks after it.
+  [[nodiscard]] virtual std::vector<int> ordinals() const = 0;
   virtual void set_total(std::size_t bytes) = 0;  // memory of the device
   virtual void take(std::int64_t bytes) = 0;      // so much of it is used by somebody else
   virtual void fail_launches() = 0;               // of graphs
   virtual void fail_registration() = 0;           // of memory with NVSHMEM
-  // From now on: "hide_peers", whose devices this process does not see; "fail_access" of these to their memory from
-  // here; "die_in_answer" when its first block has arrived; "slow_puts", whose first block comes last, and late. Or "".
+  // From now on: "hide_peers", whose devices are not visible; "fail_access" of these to their memory from here;
+  // "die_in_answer" when its first block has arrived; "slow_puts", whose first block comes last, and late. Or "".
   virtual void misbehave(const std::string& how) = 0;
   virtual void hold_gets() = 0;     // from now on they never arrive
   virtual void hold_context() = 0;  // until the stream of the steps is idle

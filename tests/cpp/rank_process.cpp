@@ -81,6 +81,7 @@ class RankProcess {
                                  .world_size = spec_.world_size,
                                  .token = token_,
                                  .device = 0,
+                                 .gpus = gpu_ ? gpu_->ordinals() : std::vector<int>{},
                                  .deadline = Milliseconds(number("setup_deadline_ms", 30000)),
                                  .test_without_mappings = number("unmapped", 0) != 0},
                                 bootstrap);

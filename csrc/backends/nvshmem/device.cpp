@@ -49,22 +49,6 @@ Device::~Device() {
     api_.cuCtxDestroy(context_);
 }
 
-std::string Device::uuid(int ordinal) const {
-  CUdevice device = 0;
-  CUuuid uuid = {};
-  if (api_.cuDeviceGet(&device, ordinal) != CUDA_SUCCESS || api_.cuDeviceGetUuid_v2(&uuid, device) != CUDA_SUCCESS)
-    return {};
-  return {uuid.bytes, sizeof uuid.bytes};
-}
-
-int Device::find(const std::string& uuid) const {
-  int count = 0;
-  if (uuid.empty() || api_.cuDeviceGetCount(&count) != CUDA_SUCCESS) return -1;
-  for (int ordinal = 0; ordinal < count; ++ordinal)
-    if (this->uuid(ordinal) == uuid) return ordinal;
-  return -1;
-}
-
 void Device::use_memory_of(const Device& other) const {
   const CurrentContext scope(*this);
   const CUresult result = api_.cuCtxEnablePeerAccess(other.context_, 0);

@@ -25,9 +25,6 @@ class Device {
   Device& operator=(const Device&) = delete;
 
   [[nodiscard]] int ordinal() const { return ordinal_; }
-  // The visible GPU of that UUID, 16 bytes, or -1.
-  [[nodiscard]] int find(const std::string& uuid) const;
-  [[nodiscard]] std::string uuid(int ordinal) const;  // empty where the driver does not say
   // Streams of this context may use what the other's cuMemAlloc gave.
   void use_memory_of(const Device& other) const;
   [[nodiscard]] const cuda::DriverApi& api() const { return api_; }

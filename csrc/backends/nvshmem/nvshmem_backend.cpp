@@ -75,6 +75,7 @@ NvshmemBackend::NvshmemBackend(NvshmemOptions options, std::shared_ptr<Bootstrap
                     .direct_peer_access = false,
                     .memory_outlives_owner = true,
                     .device = options_.device} {
+  options_.gpus.resize(static_cast<std::size_t>(options_.world_size), -1);
   if (!nvshmem_.missing.empty()) throw Error(ErrorCode::kUnsupported, nvshmem_.missing, {.rank = options_.rank});
   if (nvshmem_.my_pe() != options_.rank || nvshmem_.n_pes() != options_.world_size)
     throw Error(ErrorCode::kConfig,
@@ -156,8 +157,6 @@ std::unique_ptr<SymmetricBuffer> NvshmemBackend::allocate_symmetric(std::span<co
 void NvshmemBackend::create_flags(std::uint32_t num_flags) {
   host_.create_flags(num_flags + 1);
   num_flags_ = num_flags;
-  for (const std::string& uuid : bootstrap_->all_gather("GPUs", device_->uuid(options_.device)))
-    gpus_.push_back(device_->find(uuid));
   all_or_none(*bootstrap_, options_.rank, "control segments mapped on the device", [&] {
     const ContextScope scope(*device_);
     for (Rank rank = 0; rank < options_.world_size; ++rank) {
@@ -187,8 +186,8 @@ std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, con
 }
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
-  return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, gpus_, std::move(program),
-                                    options, tracer(), in_use_);
+  return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.gpus,
+                                    std::move(program), options, tracer(), in_use_);
 }
 
 std::unique_ptr<StreamClock> NvshmemBackend::make_stream_clock(std::size_t num_marks) {

@@ -19,6 +19,7 @@ struct NvshmemOptions {
   Rank world_size = 1;
   std::string token;                   // secret of the group, the same on all ranks
   int device = 0;                      // ordinal of this rank's GPU; NVSHMEM is initialised on it
+  std::vector<int> gpus{};             // by rank: its GPU's ordinal in this process, or -1; empty: all -1
   Milliseconds deadline{30000};        // of each collective
   bool test_without_mappings = false;  // tests only: reach peers as if none were mapped
 };
@@ -86,7 +87,6 @@ class NvshmemBackend final : public Backend {
   host::HostBackend host_;
   Capabilities capabilities_;
   std::uint32_t num_flags_ = 0;
-  std::vector<int> gpus_;             // by rank: its GPU's ordinal in this process, or -1
   std::vector<CUdeviceptr> flags_;    // on the GPU, by rank as mapped here; 0 where it is not
   std::vector<CUdeviceptr> control_;  // control segments of all ranks as the GPU sees them
   CUevent step_end_ = nullptr;        // of the last step; made by the first

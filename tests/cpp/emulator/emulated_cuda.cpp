@@ -31,11 +31,7 @@ EMULATED void emulator_die_in_answer() { dies_in_answer = true; }
 EMULATED void emulator_slow_puts() { slow_puts = true; }
 EMULATED void emulator_fail_graph_launch(bool fail) { state().fail_graph_launch = fail; }
 
-// This process's devices: its own, then those of the ranks after it.
-EMULATED void emulator_set_devices(int rank, int count) {
-  state().rank = rank;
-  state().num_devices = count;
-}
+EMULATED void emulator_set_num_devices(int count) { state().num_devices = count; }
 EMULATED void emulator_fail_access() { state().fail_access = true; }
 EMULATED void emulator_map(char* memory, std::size_t bytes, bool mapped) {
   const std::lock_guard lock(state().mutex);
@@ -72,11 +68,6 @@ EMULATED CUresult cuDeviceGetCount(int* count) {
 EMULATED CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
   return ordinal < state().num_devices ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
-}
-EMULATED CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
-  std::memset(uuid, 0, sizeof *uuid);
-  uuid->bytes[0] = static_cast<char>(1 + (state().rank + device) % std::max(state().num_devices, state().rank + 1));
-  return CUDA_SUCCESS;
 }
 EMULATED CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   *context = context_of(0, device);
@@ -339,6 +330,7 @@ EMULATED CUresult cuGraphExecDestroy(CUgraphExec graph) {
 #define NOT_EMULATED(name, ...) \
   EMULATED CUresult name(__VA_ARGS__) { return CUDA_ERROR_NOT_SUPPORTED; }
 NOT_EMULATED(cuDeviceGetName, char*, int, CUdevice)
+NOT_EMULATED(cuDeviceGetUuid_v2, CUuuid*, CUdevice)
 NOT_EMULATED(cuDeviceTotalMem, std::size_t*, CUdevice)
 NOT_EMULATED(cuDeviceGetAttribute, int*, CUdevice_attribute, CUdevice)
 NOT_EMULATED(cuDeviceCanAccessPeer, int*, CUdevice, CUdevice)

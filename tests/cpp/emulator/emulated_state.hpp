@@ -69,7 +69,7 @@ struct State {
   std::map<CUstream, std::shared_ptr<Stream>> streams;
   std::map<CUdeviceptr, std::size_t> memory;
   std::map<CUdeviceptr, std::set<int>> mappings;  // of a peer's memory, each kMapping long: the devices let in
-  int rank = 0, num_devices = 1, contexts = 0;
+  int num_devices = 1, contexts = 0;
   std::atomic<bool> fail_access = false;
   std::size_t total = std::size_t{80} << 30, used = 0;
   std::uintptr_t next_stream = 0x1000;
