@@ -108,8 +108,8 @@ void StreamChannel::give_up() noexcept {
 void StreamChannel::stand_in(Rank owner, const Request& request) {
   const TraceSpan span = service_span(TraceEvent::Kind::kStandIn, owner, request);
   try {
-    if (spins(
-            request.rows))  // a part of the dead owner's answer may have come: its flags would be left to the next one
+    // A part of the dead owner's answer may have come: its flags would be left to the next one.
+    if (spins(request.rows))
       device_->check(device_->api().cuMemsetD8Async(memory_.reply_flags(rank_, owner), 0,
                                                     Kernels::kMaxBlocks * sizeof(std::uint32_t), service_stream_.get()),
                      "cuMemsetD8Async of the flags of an answer");

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <set>
 #include <thread>
 
 #include "sidp/error.hpp"
@@ -89,25 +88,20 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
 CopyLane::~CopyLane() { stop(); }
 
 void CopyLane::ask_owners(const std::vector<int>& gpus) {
-  const auto refused = [this](Rank peer, const std::string& why) {
-    engines_[static_cast<std::size_t>(peer)].reset();
-    if (why_read_.empty()) why_read_ = "rank " + std::to_string(peer) + ": " + why;
-  };
-  std::set<Rank> asked;
-  for (const LaneOp& copy : copies_) {
-    const auto peer = static_cast<std::size_t>(copy.peer);
-    auto& engine = engines_[peer];
-    const bool first = asked.insert(copy.peer).second;
-    if (copy.kind != LaneOp::Kind::kCopy || gpus[peer] == device_.ordinal() || (!first && !engine)) continue;
-    if (gpus[peer] < 0) {
-      refused(copy.peer, "its GPU is not visible to this process; see CUDA_VISIBLE_DEVICES");
-      continue;
-    }
+  for (std::size_t peer = 0; peer < gpus.size(); ++peer) {
+    const auto is_copied = [&](const LaneOp& op) {
+      return op.kind == LaneOp::Kind::kCopy && static_cast<std::size_t>(op.peer) == peer;
+    };
+    if (gpus[peer] == device_.ordinal() || std::none_of(copies_.begin(), copies_.end(), is_copied)) continue;
     try {
-      if (first) engine = std::make_unique<OwnerEngine>(device_, gpus[peer]);
-      engine->read(copy.src, copy.bytes);
+      if (gpus[peer] < 0)
+        throw Error(ErrorCode::kUnsupported, "its GPU is not visible to this process; see CUDA_VISIBLE_DEVICES");
+      auto engine = std::make_unique<OwnerEngine>(device_, gpus[peer]);
+      for (const LaneOp& op : copies_)
+        if (is_copied(op)) engine->read(op.src, op.bytes);
+      engines_[peer] = std::move(engine);
     } catch (const Error& error) {
-      refused(copy.peer, error.what());
+      if (why_read_.empty()) why_read_ = "rank " + std::to_string(peer) + ": " + error.what();
     }
   }
   if (std::any_of(engines_.begin(), engines_.end(), [](const auto& engine) { return engine != nullptr; }))

@@ -1,4 +1,5 @@
-// The kernels of the activation channel. What follows the copy is done by the last block to finish. Words in host
+// The kernels of the activation channel. What follows the copy is done by the last block to finish, but for the flags
+// that each block sets for itself. Words in host
 // memory are a microsecond away, and a fence that follows a store to one waits for it: so few accesses, and no fence
 // that the end of the kernel makes superfluous. (A take whose blocks all read the flag with acquire took 33 us instead
 // of 4.)

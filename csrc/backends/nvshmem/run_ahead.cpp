@@ -1,17 +1,8 @@
 #include "run_ahead.hpp"
 
-#include <chrono>
-#include <thread>
+#include "spin_or_nap.hpp"
 
 namespace sidp::nvshmem {
-
-namespace {
-
-// An answer comes within a layer's time; after that the thread naps.
-constexpr std::chrono::milliseconds kSpin{5};
-constexpr std::chrono::microseconds kNap{20};
-
-}  // namespace
 
 void RunAhead::begin_layer() {
   ++layer_;
@@ -31,11 +22,7 @@ void RunAhead::wait_for(std::uint64_t number) {
   if (host_.load(word_) >= number) return;
   const auto start = Clock::now();
   auto now = start;
-  for (; host_.load(word_) < number && now - start < deadline_; now = Clock::now())
-    if (now - start < kSpin)
-      __builtin_ia32_pause();
-    else
-      std::this_thread::sleep_for(kNap);
+  for (; host_.load(word_) < number && now - start < deadline_; now = Clock::now()) spin_or_nap(now - start);
   waited_ns_.fetch_add(static_cast<std::uint64_t>(std::chrono::nanoseconds(now - start).count()),
                        std::memory_order_relaxed);
   if (host_.load(word_) < number) unanswered_.clear();  // or each layer to come would wait as long

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "sidp/error.hpp"
+#include "spin_or_nap.hpp"
 
 namespace sidp::nvshmem {
 
@@ -14,10 +15,6 @@ namespace {
 
 constexpr std::uint32_t kAnswered = 1;
 
-// A thread that has just served spins, because in a CaS step the next request follows within a layer's time; after that
-// it naps, so that an idle group costs no core.
-constexpr std::chrono::milliseconds kSpin{5};
-constexpr std::chrono::microseconds kNap{20};
 constexpr std::chrono::microseconds kWatchPause{500};
 constexpr Milliseconds kStopDeadline{10000};
 // A request waits for the engine's turn to end for as long as so many ops take, within these bounds: if the engine's
@@ -262,10 +259,7 @@ void StreamChannel::run() {
     time_services();
     const auto now = Clock::now();
     if (busy) last_request = now;
-    if (now - last_request < kSpin)
-      __builtin_ia32_pause();
-    else
-      std::this_thread::sleep_for(kNap);
+    spin_or_nap(now - last_request);
   }
 }
 
