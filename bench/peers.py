@@ -42,16 +42,17 @@ def checked(result: tuple[Any, ...]) -> None:
 
 
 def memcpy_async(context: RankContext, link: Link, owner: int, num_bytes: int) -> Call:
-    runtime = _module("cuda.bindings.runtime", "cuda-bindings")
-    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    dst, src, stream = link.landing.data_ptr(), link.remote[owner].data_ptr(), current_stream()
-    return lambda: checked(runtime.cudaMemcpyAsync(dst, src, num_bytes, kind, stream))
+    return _raw_copy(link.landing, link.remote[owner], num_bytes)
 
 
 def memcpy_write(context: RankContext, link: Link, puller: int, num_bytes: int) -> Call:
+    return _raw_copy(link.remote_landing[puller], link.own, num_bytes)
+
+
+def _raw_copy(target: torch.Tensor, source: torch.Tensor, num_bytes: int) -> Call:
     runtime = _module("cuda.bindings.runtime", "cuda-bindings")
     kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    dst, src, stream = link.remote_landing[puller].data_ptr(), link.own.data_ptr(), current_stream()
+    dst, src, stream = target.data_ptr(), source.data_ptr(), current_stream()
     return lambda: checked(runtime.cudaMemcpyAsync(dst, src, num_bytes, kind, stream))
 
 
@@ -170,6 +171,7 @@ COLLECTIVES: dict[str, dict[str, Maker]] = {
 GATHERS = {"nccl_all_gather", "gloo_all_gather"}
 RAW = {"nvshmem": "cudaMemcpyAsync_write", "host": "memcpy"}  # the hardware's limit
 READ = {"nvshmem": "cudaMemcpyAsync", "host": "memcpy"}
+RAW_WAYS = {backend: tuple(dict.fromkeys((READ[backend], RAW[backend]))) for backend in RAW}
 WRITES = {"cudaMemcpyAsync_write"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..link import open_link
-from ..peers import COLLECTIVES, COPIES, RAW, READ, transfer
+from ..peers import COLLECTIVES, COPIES, RAW_WAYS, transfer
 from ..rank import RankContext
 
 
@@ -15,8 +15,8 @@ def run(context: RankContext) -> None:
             for direction in ("one", "both"):
                 both = direction == "both"
                 # A broadcast has one sender; in both directions only the copies and the all-gather say something.
-                alone = dict.fromkeys((READ[context.backend], RAW[context.backend]))
-                names = [*alone] if both else [*COPIES[context.backend], *COLLECTIVES[context.backend]]
+                every = (*COPIES[context.backend], *COLLECTIVES[context.backend])
+                names = RAW_WAYS[context.backend] if both else every
                 owner = context.peer if both else 1
                 pullers = {0, 1} if both else {0}
                 samples = context.contest(

@@ -16,7 +16,7 @@ from ..event_ring import EventRing
 from ..harness import Bar, pairwise
 from ..layers import Replica, Weights, captured_call, open_replica
 from ..link import open_link
-from ..peers import RAW, READ, process_group, transfer
+from ..peers import RAW, RAW_WAYS, process_group, transfer
 from ..rank import RankContext, Samples
 from ..timeline import record_timeline
 
@@ -42,7 +42,7 @@ def run(context: RankContext) -> None:
 
 def _link(context: RankContext, replica: Replica) -> Samples:
     """Of one layer's bytes by the raw copy, all ranks at once: as the step has them."""
-    size, names = replica.layer_bytes, dict.fromkeys((READ[context.backend], RAW[context.backend]))
+    size, names = replica.layer_bytes, RAW_WAYS[context.backend]
     with open_link(context, size) as ends:
         everyone = set(range(context.world_size))
         sample_s = 0.02 if context.quick else 0.1
