@@ -42,6 +42,7 @@ __all__: list[str] = [
     "make_backend",
     "measure_copies",
     "measure_round_trip_us",
+    "next_reader",
     "peer_layer",
     "predict_step",
     "products_s",
@@ -631,6 +632,15 @@ def measure_copies(budget_ms: typing.SupportsInt | typing.SupportsIndex) -> dict
 def measure_round_trip_us(rounds: typing.SupportsInt | typing.SupportsIndex) -> float:
     """
     Median microseconds of a round trip between two threads through the host backend's flags.
+    """
+
+def next_reader(
+    last: typing.SupportsInt | typing.SupportsIndex,
+    world_size: typing.SupportsInt | typing.SupportsIndex,
+    waiting: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> int:
+    """
+    Whom an owner's link serves next: the first of last-1, last-2 ... (modulo world_size) that waits, or -1.
     """
 
 def peer_layer(pool: WeightPool, layer: typing.SupportsInt | typing.SupportsIndex) -> ByteView:

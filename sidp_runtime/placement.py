@@ -3,6 +3,6 @@
 It lives in C++ (``include/sidp/placement.hpp``) and is the same object on both sides.
 """
 
-from ._C import Placement, RingEntry
+from ._C import Placement, RingEntry, next_reader
 
-__all__ = ["Placement", "RingEntry"]
+__all__ = ["Placement", "RingEntry", "next_reader"]

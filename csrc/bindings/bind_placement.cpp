@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "bindings.hpp"
 #include "sidp/placement.hpp"
 
@@ -7,6 +9,15 @@ namespace sidp::bindings {
 
 void bind_placement(py::module_& m) {
   m.attr("ALIGNMENT") = kAlignment;
+  m.def(
+      "next_reader",
+      [](Rank last, Rank world_size, const std::vector<Rank>& waiting) {
+        return next_reader(last, world_size, [&](Rank reader) {
+          return std::find(waiting.begin(), waiting.end(), reader) != waiting.end();
+        });
+      },
+      py::arg("last"), py::arg("world_size"), py::arg("waiting"),
+      "Whom an owner's link serves next: the first of last-1, last-2 ... (modulo world_size) that waits, or -1.");
   py::class_<RingEntry>(m, "RingEntry", "One copy of a step: a layer, its slot and the layer to be released first.")
       .def_readonly("layer", &RingEntry::layer)
       .def_readonly("slot", &RingEntry::slot)

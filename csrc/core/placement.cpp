@@ -74,6 +74,12 @@ void Placement::check_rank(Rank rank) const {
                 {.rank = rank});
 }
 
+Rank next_reader(Rank last, Rank world_size, const std::function<bool(Rank)>& waits) {
+  for (Rank distance = 1; distance <= world_size; ++distance)
+    if (const Rank reader = (last - distance + world_size) % world_size; waits(reader)) return reader;
+  return -1;
+}
+
 ByteCount Placement::pool_bytes(Rank rank) const {
   check_rank(rank);
   return pool_bytes_[static_cast<std::size_t>(rank)];

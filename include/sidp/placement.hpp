@@ -1,6 +1,7 @@
 // Placement: layers x world_size x budget -> owners, addresses and ring plans. Pure; every rank computes the same.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -28,6 +29,11 @@ struct RingEntry {
 // num_streamed mod num_slots layers are shifted so that neither they nor the head of the next step reuse a slot sooner
 // than need be. Distances to the previous and next use are then at least (num_slots + remainder) / 2.
 std::int32_t ring_slot(std::int32_t k, std::int32_t num_streamed, std::int32_t num_slots);
+
+// Whom an owner's link serves next, of the ranks that wait for it: the first of last-1, last-2 ... (modulo
+// world_size), or -1. last: whom it served last, at first the owner itself. With layers that go around the ranks,
+// reader r+1 is then drawn one layer ahead of reader r, where each finds its next owner free.
+Rank next_reader(Rank last, Rank world_size, const std::function<bool(Rank)>& waits);
 
 class Placement {
  public:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sidp_runtime import _C, Placement
 from sidp_runtime.errors import ConfigError, UnknownNameError
 from sidp_runtime.manifest import align_up
+from sidp_runtime.placement import next_reader
 
 
 @dataclass(frozen=True)
@@ -182,3 +183,18 @@ def test_sizes_beyond_an_address_space_are_refused(sizes: list[int]) -> None:
     """A sum that wraps round would make a pool of a few bytes for layers of exabytes."""
     with pytest.raises(ConfigError):
         Placement.by_layer(sizes, 1)
+
+
+@given(world_size=st.integers(2, 72), last=st.integers(0, 71), data=st.data())
+def test_a_links_next_reader_waits_and_nobody_else_does_between(
+    world_size: int, last: int, data: st.DataObject
+) -> None:
+    last %= world_size
+    waiting = data.draw(st.lists(st.integers(0, world_size - 1), unique=True, max_size=world_size))
+    chosen = next_reader(last, world_size, waiting)
+    if not waiting:
+        assert chosen == -1
+        return
+    assert chosen in waiting
+    skipped = [(last - distance) % world_size for distance in range(1, ((last - chosen) % world_size or world_size))]
+    assert not set(skipped) & set(waiting)
