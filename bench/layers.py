@@ -178,6 +178,7 @@ def open_replica(
     ring_slots: int = 2,
     buckets: tuple[int, ...] = (),
     fill_layers: bool = True,
+    exclusive_links: bool = True,
 ) -> Iterator[Replica]:
     """Collective. ``buckets``: row counts that owners compute (the last is the most on the host); none: WaS only."""
     shape = shape or context.shape
@@ -192,7 +193,7 @@ def open_replica(
         for layer in pool.local_layers if fill_layers else ():
             fill(shape, layer, pool.layer_view(layer))
         pool.publish()
-        with Runtime(pool, policy=POLICY, **arguments) as runtime:
+        with Runtime(pool, policy=POLICY, exclusive_links=exclusive_links, **arguments) as runtime:
             replica = Replica(context, shape, pool, runtime)
             yield replica
             context.synchronize()

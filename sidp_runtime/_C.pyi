@@ -412,6 +412,7 @@ class Runtime:
         deferred_start: bool = False,
         spin_rows: typing.SupportsInt | typing.SupportsIndex = 128,
         owners_engines: bool = True,
+        exclusive_links: bool = True,
         test_lane_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
         test_service_delay_us: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...

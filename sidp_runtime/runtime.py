@@ -98,7 +98,8 @@ class Runtime:
     ``max_rows``. Ops are captured for each of them here. ``owners_engines``: layers are written here by the copy
     engines of their owners' GPUs, for which this process needs a context on each (276 MiB of an H200's memory);
     otherwise this GPU's reads them, which takes more of a link (csrc/DESIGN.md). Where a peer's engine cannot be had,
-    a ``SlowCopyWarning`` says why.
+    a ``SlowCopyWarning`` says why. ``exclusive_links``, the same on all ranks: on GPUs, in groups of three or more, an
+    owner's link serves one reader at a time, which keeps replicas out of each other's way (csrc/DESIGN.md).
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Runtime:
         row_buckets: Sequence[int] | None = None,
         deadline_ms: int | None = None,
         owners_engines: bool = True,
+        exclusive_links: bool = True,
         test_lane_delay_us: int = 0,
         test_service_delay_us: int = 0,
     ) -> None:
@@ -154,6 +156,7 @@ class Runtime:
             # a kernel that waits would use up the time slices that its owner needs on the same GPU
             spin_rows=0 if pool.group.gpu_is_shared else _C.SPIN_ROWS,
             owners_engines=owners_engines,
+            exclusive_links=exclusive_links,
             test_lane_delay_us=test_lane_delay_us,
             test_service_delay_us=test_service_delay_us,
         )
@@ -336,6 +339,8 @@ class Runtime:
         """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks.
 
         ``owners_engines``: by peer, whether its GPU's copy engine writes here; ``why_read``: why not, where it should.
+        ``exclusive_links``: whether copies wait until their owner serves nobody else, ``link_wait_ns``: how long they
+        did, ``links_taken``: from ranks that had died, or held a link for 100 ms.
         Of the policy: ``decisions`` by reason, ``last_decision`` in words, ``mode_changes``, and ``step_times`` by mode
         and size: medians of recent steps, predicted and measured, and the correction. On a GPU times are those of the
         stream, and those of the last steps come with the next ones.

@@ -1,4 +1,7 @@
-"""WaS steps whose replicas start together, 1 ms apart or at random; CaS with all busy or one; and what is predicted."""
+"""WaS steps whose replicas start together, 1 ms apart or at random; CaS with all busy or one; and what is predicted.
+
+On three GPUs and more WaS is also run with links that readers share, as the hardware has it (``sidp_shared_...``).
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ def run(context: RankContext) -> None:
     counts = tokens if context.quick else tokens[len(tokens) // 2 - 2 :: 2]
     buckets = tuple(sorted({1, *(count for count in counts if count <= shape.cas_rows)}))
     with open_replica(context, shape, buckets=buckets) as replica:
+        shared_too = replica.runtime.stats()["exclusive_links"]
         with open_link(context, replica.layer_bytes) as link:
             name, everyone = RAW[context.backend], set(range(context.world_size))
             subject = transfer(context, link, name, context.peer, replica.layer_bytes, everyone, 0.05)
@@ -37,10 +41,15 @@ def run(context: RankContext) -> None:
                            parameters={"ranks": context.world_size, "bytes": replica.layer_bytes})  # fmt: skip
         replica.verify()
         for count in counts:
-            _one_count(context, replica, count, copy_s)
+            _one_count(context, replica, count, copy_s, exclusive=True)
+    if shared_too:
+        with open_replica(context, shape, exclusive_links=False) as replica:
+            for count in counts:
+                _one_count(context, replica, count, copy_s, exclusive=False)
 
 
-def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[float]) -> None:
+def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[float], *, exclusive: bool) -> None:
+    prefix = "sidp" if exclusive else "sidp_shared"
     x, parameters = replica.rows(count), {"ranks": context.world_size, "tokens": count}
     pace, random = context.pace(count), Random(context.rank)
 
@@ -76,16 +85,18 @@ def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[
 
     subjects: dict[str, Subject] = {
         "all_local": plain(lambda: replica.all_local(x)),
-        "sidp_was_in_phase": plain(step(Mode.WAS)),
-        "sidp_was_staggered": staggered,
-        "sidp_was_random": at_random,
+        f"{prefix}_was_in_phase": plain(step(Mode.WAS)),
+        f"{prefix}_was_staggered": staggered,
+        f"{prefix}_was_random": at_random,
     }
-    if count <= replica.shape.cas_rows:
+    if exclusive and count <= replica.shape.cas_rows:
         subjects["sidp_cas_all"] = plain(step(Mode.CAS))
         subjects["sidp_cas_one"] = plain(step(Mode.CAS), {0})
     samples = context.contest(subjects, pace=pace, clock=True)
     context.synchronize()
     replica.runtime.check()
+    if not exclusive:
+        parameters["links"] = "shared"
     context.record(samples, "step", "ms", lambda s: s * 1e3, higher_is_better=False, parameters=parameters)
     context.record_clocks(samples, parameters)
     if context.rank == 0 and "all_local" in samples.seconds:
@@ -93,13 +104,15 @@ def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[
         floor = [max(a, b * len(replica.streamed)) for a, b in zip(local, copy_s, strict=True)]
         context.figure("floor", "floor", "ms", parameters=parameters, samples=tuple(s * 1e3 for s in floor))
         for arrival in ("in_phase", "staggered", "random"):
-            if (seconds := samples.seconds.get(f"sidp_was_{arrival}")) is None:
+            subject = f"{prefix}_was_{arrival}"
+            if (seconds := samples.seconds.get(subject)) is None:
                 continue
-            context.figure("over_floor", f"sidp_was_{arrival}", "x", parameters=parameters, higher_is_better=False,
-                           samples=pairwise(seconds, floor), bar=None if arrival == "in_phase" else BAR)  # fmt: skip
+            bar = BAR if exclusive and arrival != "in_phase" else None
+            context.figure("over_floor", subject, "x", parameters=parameters, higher_is_better=False,
+                           samples=pairwise(seconds, floor), bar=bar)  # fmt: skip
             predicted_ms = _simulated_ms(replica, count, arrival, median(local), median(copy_s))
-            context.figure("simulated", f"was_{arrival}", "ms", parameters=parameters, samples=(predicted_ms,))
-            context.figure("over_simulated", f"sidp_was_{arrival}", "x", parameters=parameters,
+            context.figure("simulated", subject, "ms", parameters=parameters, samples=(predicted_ms,))
+            context.figure("over_simulated", subject, "x", parameters=parameters,
                            samples=tuple(s * 1e3 / predicted_ms for s in seconds))  # fmt: skip
 
 
@@ -119,6 +132,7 @@ def _simulated_ms(replica: Replica, count: int, arrival: str, local_s: float, co
             rows=count,
             start_ms=tuple(rank * STAGGER_MS * (arrival == "staggered") for rank in range(world)),
             gap_ms=GAP_MS if arrival == "random" else 0.0,
+            exclusive_links=replica.runtime.stats()["exclusive_links"],
         )
     )
     return max(mean(one.step_ms[1:]) for one in result.replicas)

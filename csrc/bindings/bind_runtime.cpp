@@ -47,6 +47,9 @@ py::typing::Dict<py::str, py::object> to_dict(const RuntimeStats& s) {
   d["copy_ns"] = s.prefetcher.lane.copy_ns;
   d["owners_engines"] = s.prefetcher.lane.owners_engines;
   d["why_read"] = s.prefetcher.lane.why_read;
+  d["exclusive_links"] = s.prefetcher.lane.exclusive_links;
+  d["link_wait_ns"] = s.prefetcher.lane.link_wait_ns;
+  d["links_taken"] = s.prefetcher.lane.links_taken;
   d["lane_wait_ns"] = s.prefetcher.lane.wait_ns;
   d["requests_by_peer"] = s.requester.requests_by_peer;
   d["request_rows"] = s.requester.rows_sent;
@@ -98,7 +101,8 @@ void bind_runtime(py::module_& m) {
                        const MachineProfile& profile, std::optional<Mode> fixed,
                        std::vector<std::pair<std::int64_t, Mode>> fixed_sizes, double hysteresis,
                        std::vector<std::int64_t> row_buckets, bool deferred_start, std::int64_t spin_rows,
-                       bool owners_engines, std::uint32_t test_lane_delay_us, std::uint32_t test_service_delay_us) {
+                       bool owners_engines, bool exclusive_links, std::uint32_t test_lane_delay_us,
+                       std::uint32_t test_service_delay_us) {
              RuntimeOptions options;
              options.deadline = Milliseconds(deadline_ms);
              options.max_rows = max_rows;
@@ -111,6 +115,7 @@ void bind_runtime(py::module_& m) {
              options.deferred_start = deferred_start;
              options.spin_rows = spin_rows;
              options.lane.owners_engines = owners_engines;
+             options.lane.exclusive_links = exclusive_links;
              options.lane.test_delay_us = test_lane_delay_us;
              options.service.test_delay_us = test_service_delay_us;
              return std::make_shared<Runtime>(std::move(pool), std::move(ops), options);
@@ -119,7 +124,8 @@ void bind_runtime(py::module_& m) {
            py::arg("row_bytes"), py::arg("element_bytes"), py::arg("profile"), py::arg("fixed"), py::arg("fixed_sizes"),
            py::arg("hysteresis"), py::arg("row_buckets") = std::vector<std::int64_t>{},
            py::arg("deferred_start") = false, py::arg("spin_rows") = kSpinRows, py::arg("owners_engines") = true,
-           py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0, ReleaseGil())
+           py::arg("exclusive_links") = true, py::arg("test_lane_delay_us") = 0, py::arg("test_service_delay_us") = 0,
+           ReleaseGil())
       .def(
           "start", &Runtime::start, py::arg("failure") = "", ReleaseGil(),
           "Collective after deferred_start: begins to answer the other ranks. failure: why this one cannot; all raise.")

@@ -10,9 +10,9 @@
 namespace sidp {
 
 std::string_view to_string(TraceEvent::Kind kind) {
-  constexpr std::string_view kNames[] = {"step",       "fetch",      "wait_full", "use",        "release",
-                                         "request",    "wait_reply", "stand_in",  "wait_empty", "copy",
-                                         "queue_copy", "service",    "op"};
+  constexpr std::string_view kNames[] = {"step",    "fetch",      "wait_full", "use",        "release",
+                                         "request", "wait_reply", "stand_in",  "wait_empty", "wait_link",
+                                         "copy",    "queue_copy", "service",   "op"};
   return kNames[static_cast<std::size_t>(kind)];
 }
 

@@ -76,6 +76,9 @@ struct LaneStats {
   std::uint64_t wait_ns = 0;         // time blocked on empty slots; likewise
   std::vector<bool> owners_engines;  // by peer: whether its GPU's copy engine writes here, or this one's reads there
   std::string why_read;              // of a peer that could not be written from, or empty
+  bool exclusive_links = false;      // copies wait until their owners serve nobody else
+  std::uint64_t link_wait_ns = 0;    // they did for so long
+  std::uint64_t links_taken = 0;     // from ranks that had died or held them long
 };
 
 // An ordered queue of asynchronous copies that repeats its program until it is stopped, always as far ahead of the
@@ -110,6 +113,7 @@ class StepTimer {
 
 struct LaneOptions {
   bool owners_engines = true;         // copies are made by the owners' copy engines, where a backend can
+  bool exclusive_links = true;        // owners serve one reader at a time, where a backend can; the same on all ranks
   Milliseconds stop_deadline{10000};  // for copies that are under way when the lane is stopped
   std::uint32_t test_delay_us = 0;    // tests only: sleep before every copy
 };

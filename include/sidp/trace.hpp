@@ -25,6 +25,7 @@ struct TraceEvent {
     kWaitReply,  // of that, blocked on the reply
     kStandIn,    // an op that ran here because its owner no longer answers
     kWaitEmpty,  // the lane, for a slot
+    kWaitLink,   // the lane, for an owner's link
     kCopy,       // bytes
     kQueueCopy,  // a stream-ordered lane's calls for one copy; the copy itself is on the lane's stream
     kService,    // a peer's request at its owner; rows

@@ -33,12 +33,20 @@ _NAMES = {
     "wait_reply": "wait for the reply",
     "stand_in": "stand in for the owner, layer {layer} {op}",
     "wait_empty": "wait for the slot of layer {layer}",
+    "wait_link": "wait for the link of layer {layer}",
     "copy": "copy layer {layer}",
     "queue_copy": "queue the copy of layer {layer}",
     "service": "serve layer {layer} {op}",
     "op": "{op}",
 }
-_PEERS = {"request": "owner", "wait_reply": "owner", "stand_in": "owner", "copy": "owner", "service": "requester"}
+_PEERS = {
+    "request": "owner",
+    "wait_reply": "owner",
+    "stand_in": "owner",
+    "wait_link": "owner",
+    "copy": "owner",
+    "service": "requester",
+}
 
 
 def part_of(trace: _C.Trace, rank: int, op_names: Sequence[str]) -> Part:

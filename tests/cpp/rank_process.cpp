@@ -101,6 +101,7 @@ class RankProcess {
     if (text("mode", "auto") == "was") options.policy.fixed = Mode::kWas;
     if (text("mode", "auto") == "cas") options.policy.fixed = Mode::kCas;
     options.lane.owners_engines = number("owners_engines", 1) != 0;
+    options.lane.exclusive_links = number("exclusive_links", 1) != 0;
     options.lane.stop_deadline = Milliseconds(number("stop_deadline_ms", 10000));
     options.lane.test_delay_us = static_cast<std::uint32_t>(number("lane_delay_us", 0));
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
@@ -119,7 +120,7 @@ class RankProcess {
     if (number("fail_launches", 0) != 0) gpu_->fail_launches();
     RuntimeStats before;
     if (number("trace", 0) != 0) {
-      before = settled(runtime);
+      before = settled_stats(runtime);
       runtime.start_trace(static_cast<std::size_t>(number("trace", 0)));
       bootstrap->all_gather("tracing", "");
     }
@@ -156,7 +157,7 @@ class RankProcess {
     } else if (what == "trace_room") {
       check_trace_room(runtime, workload);
     } else if (what == "stuck_get") {  // the copy into a slot that is released while gets no longer arrive
-      settled(runtime);
+      settled_stats(runtime);
       gpu_->hold_gets();
       const LayerIndex first = runtime.pool().placement().ring_plan(rank_)[0].layer;
       const Stream stream = gpu_->hooks().stream;
@@ -180,8 +181,10 @@ class RankProcess {
       if (what == "steps") runtime.check();
     }
     if (number("trace", 0) != 0) {
-      const RuntimeStats after = settled(runtime);
-      check_trace(runtime.stop_trace(), before, after, ringed(runtime));
+      const RuntimeStats after = settled_stats(runtime);
+      const Trace trace = runtime.stop_trace();
+      check_trace(trace, before, after, ringed(runtime));
+      note("copies", copies_in(trace));
     }
     report(runtime.stats());
     if (number("close_in_capture", 0) != 0) gpu_->in_capture([&] { runtime.close(); });
@@ -206,23 +209,17 @@ class RankProcess {
     for (std::string line; std::getline(maps, line);) count += line.find(name) != std::string::npos ? 1 : 0;
     return count;
   }
-  static RuntimeStats settled(const Runtime& runtime) {
-    const Placement& placement = runtime.pool().placement();
-    const Rank rank = runtime.pool().backend().rank();
-    return settled_stats(runtime, static_cast<std::size_t>(placement.num_slots(rank)),
-                         placement.ring_plan(rank).size());
-  }
 
   // A trace with room for just as many events as there are has no want of anything else.
   void check_trace_room(Runtime& runtime, Workload& workload) {
     std::size_t room = 1000;
     for (int i = 0; i < 2; ++i) {
       std::mt19937_64 random(4);
-      settled(runtime);
+      settled_stats(runtime);
       runtime.start_trace(room);
       workload.step(runtime, {}, random);
       gpu_->wait();
-      settled(runtime);
+      settled_stats(runtime);
       const Trace trace = runtime.stop_trace();
       if (trace.dropped + trace.unfinished != 0 || (i > 0 && trace.events.size() != room))
         throw Mismatch(std::to_string(trace.events.size()) + " of " + std::to_string(room) + " events, " +
@@ -329,9 +326,10 @@ class RankProcess {
 
   void report(const RuntimeStats& stats) {
     std::uint64_t requests = 0, served = 0, copied = 0;
+    const LaneStats& lane = stats.prefetcher.lane;
     for (const auto n : stats.requester.requests_by_peer) requests += n;
     for (const auto n : stats.service.served_by_peer) served += n;
-    for (const auto n : stats.prefetcher.lane.bytes_by_peer) copied += n;
+    for (const auto n : lane.bytes_by_peer) copied += n;
     note("was_steps", stats.steps[0]);
     note("cas_steps", stats.steps[1]);
     note("fetches", stats.prefetcher.fetches);
@@ -350,9 +348,10 @@ class RankProcess {
     note("deferred", stats.service.deferred);
     note("not_served", stats.service.failed);
     note("copied", copied);
-    const LaneStats& lane = stats.prefetcher.lane;
     note("owners_engines", std::count(lane.owners_engines.begin(), lane.owners_engines.end(), true));
     note("why_read", lane.why_read);
+    note("exclusive_links", lane.exclusive_links);
+    note("links_taken", lane.links_taken);
   }
 
   template <typename Value>

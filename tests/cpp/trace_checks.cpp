@@ -63,7 +63,11 @@ void check_copies(const Trace& trace, const std::vector<LayerIndex>& ringed) {
 
 }  // namespace
 
-RuntimeStats settled_stats(const Runtime& runtime, std::size_t num_slots, std::size_t num_streamed) {
+RuntimeStats settled_stats(const Runtime& runtime) {
+  const Placement& placement = runtime.pool().placement();
+  const Rank rank = runtime.pool().backend().rank();
+  const std::size_t num_streamed = placement.streamed_layers(rank).size();
+  const auto num_slots = static_cast<std::size_t>(placement.num_slots(rank));
   const auto start = Clock::now();
   while (true) {
     RuntimeStats stats = runtime.stats();
@@ -117,6 +121,13 @@ void check_trace(const Trace& trace, const RuntimeStats& before, const RuntimeSt
   std::uint64_t broken_off = 0;
   for (const TraceEvent& event : of(trace, Kind::kStep)) broken_off += event.broken_off && !event.on_stream ? 1 : 0;
   equal("steps broken off", broken_off, after.steps_broken_off - before.steps_broken_off);
+}
+
+std::string copies_in(const Trace& trace) {
+  std::string copies;
+  for (const TraceEvent& event : of(trace, Kind::kCopy))
+    copies += std::to_string(event.peer) + ' ' + std::to_string(event.begin) + ' ' + std::to_string(event.end) + ' ';
+  return copies;
 }
 
 }  // namespace sidp::test

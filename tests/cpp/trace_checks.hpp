@@ -7,10 +7,13 @@
 namespace sidp::test {
 
 // Once the lane has refilled the ring behind the last step.
-RuntimeStats settled_stats(const Runtime& runtime, std::size_t num_slots, std::size_t num_streamed);
+RuntimeStats settled_stats(const Runtime& runtime);
 
 // Throws Mismatch. num_ringed: streamed layers that the ring held at the start, the first of a step.
 void check_trace(const Trace& trace, const RuntimeStats& before, const RuntimeStats& after,
                  const std::vector<LayerIndex>& ringed);
+
+// The copies of a trace on their streams: "peer begin end " of each.
+std::string copies_in(const Trace& trace);
 
 }  // namespace sidp::test

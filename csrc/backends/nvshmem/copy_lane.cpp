@@ -49,7 +49,8 @@ void Landing::unregister() noexcept {
 
 CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi& nvshmem, CUdeviceptr flags,
                    ByteCount flag_stride, const std::vector<int>& gpus, std::vector<LaneOp> program,
-                   const LaneOptions& options, Tracer& tracer, std::shared_ptr<const bool> kept)
+                   const LaneOptions& options, std::optional<LinkQueue> queue, Tracer& tracer,
+                   std::shared_ptr<const bool> kept)
     : device_(*device),
       nvshmem_(nvshmem),
       flags_(flags),
@@ -58,7 +59,7 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
       options_(options),
       tracer_(tracer),
       landing_(device_, nvshmem, program_),
-      arrived_(device, 1, std::move(kept)),
+      arrived_(device, 1, kept),
       stream_(device_, DeviceStream::Priority::kLane),
       engines_(gpus.size()),
       pass_bytes_by_peer_(gpus.size()) {
@@ -71,6 +72,11 @@ CopyLane::CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi
     pass_bytes_by_peer_[static_cast<std::size_t>(op.peer)] += op.bytes;
   }
   if (options_.owners_engines) ask_owners(gpus);
+  if (queue && !copies_.empty()) {
+    std::vector<Rank> owners;
+    for (const LaneOp& copy : copies_) owners.push_back(copy.peer);
+    gate_.emplace(device, std::move(*queue), std::move(owners), std::move(kept));
+  }
   for (std::uint32_t i = 0; i <= last_flag; ++i) {
     Slot& slot = slots_.emplace_back(device_);
     slot.marks.try_emplace(&device_, device_);
@@ -172,8 +178,10 @@ void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::S
   if (session == 0) [[likely]] {
     const CurrentContext scope(device);
     start(on, slot);
+    enter_link(on, signals, slot);
     move(on, copy);
     record(full, on);
+    leave_link(on, signals, full);
   } else {
     // Timed on a stream of the own GPU, where the events of a trace belong.
     const auto span = [&](TraceEvent::Kind kind) {
@@ -197,6 +205,11 @@ void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::S
       }
       follow(marks.started.get());
     }
+    if (gate_) {
+      const TraceSpan waits = span(TraceEvent::Kind::kWaitLink);
+      const CurrentContext scope(device);
+      enter_link(on, signals, slot);
+    }
     {
       const TraceSpan copies = span(TraceEvent::Kind::kCopy);
       {
@@ -206,6 +219,7 @@ void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::S
       }
       follow(marks.full.get());
     }
+    leave_link(on, signals, marks.full.get());
     full = slot.timed.get();  // so that no wait ends before its copy in the trace
     record(full, signals);
   }
@@ -223,11 +237,30 @@ void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::S
 void CopyLane::start(CUstream on, Slot& slot) {
   wait_for(slot.used.get(), on);
   if (last_on_ != nullptr && last_on_ != on) wait_for(last_full_, on);
-  if (options_.test_delay_us > 0)
-    device_.check(device_.api().cuLaunchHostFunc(on, sleep_on_stream, &options_), "cuLaunchHostFunc");
+}
+
+void CopyLane::enter_link(CUstream on, CUstream signals, Slot& slot) {
+  if (!gate_) return;
+  {
+    const CurrentContext scope(device_);
+    if (signals != on) wait_for(slot.used.get(), signals);  // the copy before has left its link on this stream
+    gate_->enter(signals, queued_ + 1);
+    if (signals == on) return;
+    record(slot.entered.get(), signals);
+  }
+  wait_for(slot.entered.get(), on);
+}
+
+void CopyLane::leave_link(CUstream on, CUstream signals, CUevent full) {
+  if (!gate_) return;
+  const CurrentContext scope(device_);
+  if (signals != on) wait_for(full, signals);
+  gate_->leave(signals, queued_);
 }
 
 void CopyLane::move(CUstream on, const LaneOp& copy) {
+  if (options_.test_delay_us > 0)
+    device_.check(device_.api().cuLaunchHostFunc(on, sleep_on_stream, &options_), "cuLaunchHostFunc");
   if (copy.kind == LaneOp::Kind::kCopy)
     device_.check(
         device_.api().cuMemcpyDtoDAsync(device_pointer(copy.dst), device_pointer(copy.src), copy.bytes, on), [&] {
@@ -273,6 +306,7 @@ bool CopyLane::stop() noexcept {
   while (!idle() && Clock::now() - start < options_.stop_deadline)
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   abandoned_ = !idle();
+  if (gate_) gate_->stop();
   if (abandoned_)
     landing_.abandon();
   else
@@ -297,9 +331,11 @@ LaneStats CopyLane::stats() const {
                   .copy_ns = 0,
                   .wait_ns = 0,
                   .owners_engines = {},
-                  .why_read = {}};
+                  .why_read = why_read_,
+                  .exclusive_links = gate_.has_value(),
+                  .link_wait_ns = gate_ ? gate_->waited_ns() : 0,
+                  .links_taken = gate_ ? gate_->taken() : 0};
   for (const auto& engine : engines_) stats.owners_engines.push_back(engine != nullptr);
-  stats.why_read = why_read_;
   const std::uint64_t passes = arrived_total_ / copies_.size();
   for (ByteCount& bytes : stats.bytes_by_peer) bytes *= passes;
   for (std::uint64_t i = 0; i < arrived_total_ % copies_.size(); ++i)

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "device.hpp"
+#include "link_gate.hpp"
 #include "nvshmem_api.hpp"
 #include "owner_engine.hpp"
 
@@ -51,10 +52,11 @@ class Landing {
 class CopyLane final : public Lane {
  public:
   // flags: the own words on the device, one each `flag_stride` bytes. All slots are empty, and their copies are queued.
-  // gpus: of all ranks, by their ordinals in this process; -1: not visible. kept: see HostWords.
+  // gpus: of all ranks, by their ordinals in this process; -1: not visible. queue: for the owners' links, if they are
+  // exclusive. kept: see HostWords.
   CopyLane(const std::shared_ptr<const Device>& device, const NvshmemApi& nvshmem, CUdeviceptr flags,
            ByteCount flag_stride, const std::vector<int>& gpus, std::vector<LaneOp> program, const LaneOptions& options,
-           Tracer& tracer, std::shared_ptr<const bool> kept);
+           std::optional<LinkQueue> queue, Tracer& tracer, std::shared_ptr<const bool> kept);
   ~CopyLane() override;
 
   // Once the copies that are queued have arrived, or given up at the deadline of the options: what copies under way may
@@ -76,11 +78,13 @@ class CopyLane final : public Lane {
     explicit Slot(const Device& device)
         : used(device, DeviceEvent::Kind::kOrder),
           flag_set(device, DeviceEvent::Kind::kOrder),
+          entered(device, DeviceEvent::Kind::kOrder),
           timed(device, DeviceEvent::Kind::kOrder) {}
     std::map<const Device*, Marks> marks;  // by where its copies run
     std::atomic<CUevent> full = nullptr;   // of its copy
     DeviceEvent used;                      // its release was seen: after its last use, or when the flag was waited for
     DeviceEvent flag_set;                  // to full, for the copy that did so last
+    DeviceEvent entered;                   // its owner's link is this copy's
     DeviceEvent timed;                     // its copy ended, as the trace has it
     bool empty = true;                     // its release is queued, and no copy has taken the slot since
     bool copied = false;                   // a copy is queued, with its event
@@ -97,6 +101,8 @@ class CopyLane final : public Lane {
   // One copy, from the wait for its empty slot to the signal that it is full.
   void queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::Session session);
   void start(CUstream on, Slot& slot);  // once the slot is empty and the copy before has ended
+  void enter_link(CUstream on, CUstream signals, Slot& slot);
+  void leave_link(CUstream on, CUstream signals, CUevent full);
   void move(CUstream on, const LaneOp& copy);
   void signal(CUstream on, CUdeviceptr flag);
   void ask_owners(const std::vector<int>& gpus);
@@ -125,7 +131,8 @@ class CopyLane final : public Lane {
   std::vector<std::unique_ptr<OwnerEngine>> engines_;  // by rank, or null
   std::string why_read_;
   std::optional<DeviceStream>
-      signals_;                 // of copies by owners' engines: what sets their flags, and times them for a trace
+      signals_;  // of copies by owners' engines: what sets their flags, and times them for a trace
+  std::optional<LinkGate> gate_;
   CUstream last_on_ = nullptr;  // of the copy that was queued last:
   CUevent last_full_ = nullptr;
   std::vector<ByteCount> pass_bytes_by_peer_;

@@ -17,6 +17,9 @@ namespace {
 
 constexpr ByteCount kFlagStride = 128;  // a line of a GPU's cache each; also room for a word for each block of a put
 static_assert(kFlagStride >= Kernels::kMaxBlocks * sizeof(std::uint32_t));
+// Words of a rank's control segment after its flags; then one for each reader that waits for its link.
+constexpr std::uint32_t kLeftWord = 0, kHolderWord = 1, kWordsOfRank = 2;
+constexpr Rank kLeastReaders = 2;                             // of an owner, for its link to need a queue
 constexpr ByteCount kHeapGranularity = ByteCount{512} << 20;  // NVSHMEM grows its heap by multiples of this
 
 class NvshmemBuffer final : public SymmetricBuffer {
@@ -155,7 +158,7 @@ std::unique_ptr<SymmetricBuffer> NvshmemBackend::allocate_symmetric(std::span<co
 }
 
 void NvshmemBackend::create_flags(std::uint32_t num_flags) {
-  host_.create_flags(num_flags + 1);
+  host_.create_flags(num_flags + kWordsOfRank + static_cast<std::uint32_t>(options_.world_size));
   num_flags_ = num_flags;
   all_or_none(*bootstrap_, options_.rank, "control segments mapped on the device", [&] {
     const ContextScope scope(*device_);
@@ -186,8 +189,19 @@ std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, con
 }
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
+  std::optional<LinkQueue> queue;
+  if (options.exclusive_links && options_.world_size >= kLeastReaders + 1) {
+    const LinkQueue::Words words{
+        .holder = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kHolderWord}); },
+        .waits =
+            [this](Rank owner, Rank reader) {
+              return host_.flag_word({owner, num_flags_ + kWordsOfRank + static_cast<std::uint32_t>(reader)});
+            },
+    };
+    queue.emplace(options_.rank, options_.world_size, words, [this](Rank rank) { return alive(rank); });
+  }
   return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.gpus,
-                                    std::move(program), options, tracer(), in_use_);
+                                    std::move(program), options, std::move(queue), tracer(), in_use_);
 }
 
 std::unique_ptr<StreamClock> NvshmemBackend::make_stream_clock(std::size_t num_marks) {
@@ -240,7 +254,7 @@ void NvshmemBackend::follow_step_end(Stream stream) {
 std::unique_ptr<StepTimer> NvshmemBackend::make_step_timer() { return std::make_unique<EventTimer>(device_); }
 
 std::atomic_ref<std::uint32_t> NvshmemBackend::left(Rank rank) const {
-  return std::atomic_ref<std::uint32_t>(*host_.flag_word({rank, num_flags_}));
+  return std::atomic_ref<std::uint32_t>(*host_.flag_word({rank, num_flags_ + kLeftWord}));
 }
 
 void NvshmemBackend::leave() noexcept {

@@ -1,0 +1,207 @@
+// One reader of an owner's link at a time: the queue itself, between threads, and lanes of rank processes over the
+// emulated driver.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <csignal>
+#include <random>
+#include <sstream>
+#include <thread>
+
+#include "core/link_queue.hpp"
+#include "rank_group.hpp"
+
+namespace sidp::test {
+namespace {
+
+struct Links {
+  explicit Links(Rank ranks)
+      : world_size(ranks),
+        holder(static_cast<std::size_t>(ranks)),
+        waits(holder.size() * holder.size()),
+        dead(holder.size()) {}
+  LinkQueue queue(Rank rank) {
+    return {rank,
+            world_size,
+            {[this](Rank owner) { return &holder[static_cast<std::size_t>(owner)]; },
+             [this](Rank owner, Rank reader) { return &waits[static_cast<std::size_t>(owner * world_size + reader)]; }},
+            [this](Rank reader) { return !dead[static_cast<std::size_t>(reader)]; }};
+  }
+  Rank world_size;
+  std::vector<std::uint32_t> holder, waits;
+  std::vector<std::atomic<bool>> dead;
+};
+
+TEST(LinkQueue, PassesTheLinkDownTheRanks) {
+  Links links(5);
+  std::vector<LinkQueue> queues;
+  for (Rank rank = 0; rank < 5; ++rank) queues.push_back(links.queue(rank));
+  for (const Rank rank : {3, 1, 2, 4}) queues[static_cast<std::size_t>(rank)].ask(0);
+  ASSERT_TRUE(queues[3].granted());
+  std::vector<Rank> waiting = {1, 2, 4};
+  for (const auto& [leaves, next] : {std::pair{3, 2}, {2, 1}, {1, 4}}) {
+    for (const Rank rank : waiting) EXPECT_FALSE(queues[static_cast<std::size_t>(rank)].granted()) << rank;
+    queues[static_cast<std::size_t>(leaves)].leave();
+    EXPECT_TRUE(queues[static_cast<std::size_t>(next)].granted()) << next << " after " << leaves;
+    std::erase(waiting, next);
+  }
+  queues[4].leave();
+  queues[0].ask(0);
+  EXPECT_TRUE(queues[0].granted()) << "a link that nobody waits for is free";
+}
+
+TEST(LinkQueue, ReadersThatGoAroundAreNeverTogether) {
+  constexpr Rank kRanks = 4;
+  constexpr int kRounds = 2000;
+  Links links(kRanks);
+  std::vector<std::atomic<int>> inside(kRanks);
+  std::atomic<int> together{0};
+  std::vector<std::thread> threads;
+  std::vector<std::uint64_t> taken(kRanks);
+  for (Rank rank = 0; rank < kRanks; ++rank)
+    threads.emplace_back([&, rank] {
+      LinkQueue queue = links.queue(rank);
+      std::mt19937 random(static_cast<unsigned>(rank));
+      for (int i = 0; i < kRounds; ++i)
+        for (Rank owner = 0; owner < kRanks; ++owner) {
+          if (owner == rank) continue;
+          queue.ask(owner);
+          while (!queue.granted()) std::this_thread::yield();
+          auto& here = inside[static_cast<std::size_t>(owner)];
+          if (here.fetch_add(1) != 0) ++together;
+          if (random() % 4 == 0) std::this_thread::yield();
+          here.fetch_sub(1);
+          queue.leave();
+        }
+      taken[static_cast<std::size_t>(rank)] = queue.taken();
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(taken, ::testing::Each(0U)) << "a thread was stopped for long";
+  EXPECT_EQ(together, 0);
+  EXPECT_THAT(links.holder, ::testing::Each(0U));
+  EXPECT_THAT(links.waits, ::testing::Each(0U));
+}
+
+TEST(LinkQueue, TheLinkOfADeadHolderIsTakenSoonAndALongHeldOneLater) {
+  for (const bool dies : {true, false}) {
+    SCOPED_TRACE(dies);
+    Links links(3);
+    LinkQueue holder = links.queue(1), next = links.queue(2);
+    holder.ask(0);
+    ASSERT_TRUE(holder.granted());
+    links.dead[1] = dies;
+    next.ask(0);
+    const auto start = Clock::now();
+    EXPECT_FALSE(next.granted());
+    while (!next.granted() && Clock::now() - start < Milliseconds(10000))
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    const auto waited = Clock::now() - start;
+    EXPECT_GT(waited, LinkQueue::kLivenessCheck);
+    EXPECT_EQ(waited < LinkQueue::kLongestHold, dies);
+    EXPECT_EQ(next.taken(), 1);
+    holder.leave();  // it lived after all
+    holder.ask(0);
+    EXPECT_FALSE(holder.granted()) << "the link is the other's now";
+    next.leave();
+    EXPECT_TRUE(holder.granted());
+  }
+}
+
+struct Copy {
+  Rank reader;
+  Rank peer;
+  std::int64_t begin, end;
+};
+
+std::vector<Copy> copies_of(RankGroup& group, Rank ranks) {
+  std::vector<Copy> copies;
+  for (Rank rank = 0; rank < ranks; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+    std::istringstream words(group.result(rank)["copies"]);
+    for (Copy copy{.reader = rank, .peer = 0, .begin = 0, .end = 0}; words >> copy.peer >> copy.begin >> copy.end;)
+      copies.push_back(copy);
+  }
+  return copies;
+}
+
+int num_together(const std::vector<Copy>& copies) {
+  int together = 0;
+  for (std::size_t i = 0; i < copies.size(); ++i)
+    for (std::size_t j = i + 1; j < copies.size(); ++j)
+      together += copies[i].peer == copies[j].peer && copies[i].reader != copies[j].reader &&
+                          copies[i].begin < copies[j].end && copies[j].begin < copies[i].end
+                      ? 1
+                      : 0;
+  return together;
+}
+
+// Whoever copies, the owners' engines or the own one.
+TEST(ExclusiveLinks, ALinkServesOneReaderAtATime) {
+  for (const std::string exclusive : {"1", "0"})
+    for (const std::string what : {"owners_engines=1", "owners_engines=0"}) {
+      SCOPED_TRACE("exclusive_links=" + exclusive + ", " + what);
+      RankGroup group(3, {"backend=nvshmem", "mode=was", "no_ops=1", "max_rows=5", "layers=9", "steps=4", "trace=4000",
+                          "lane_delay_us=1000", "linger=1", "exclusive_links=" + exclusive, what});
+      group.start_all();
+      for (Rank rank = 0; rank < 3; ++rank) group.wait_for_mark(rank, "waiting");
+      group.set_mark("stop");
+      const std::vector<Copy> copies = copies_of(group, 3);
+      EXPECT_GT(copies.size(), 40U);
+      if (exclusive == "1")
+        EXPECT_EQ(num_together(copies), 0);
+      else
+        EXPECT_GT(num_together(copies), 0);
+      for (Rank rank = 0; rank < 3; ++rank)
+        EXPECT_EQ(group.result(rank)["exclusive_links"], exclusive)
+            << "links are taken only where a thread was stopped";
+    }
+}
+
+TEST(ExclusiveLinks, GraphsAreReplayedBetweenEagerAndBrokenSteps) {
+  RankGroup group(3, {"backend=nvshmem", "max_rows=5", "spin_rows=1", "do=replay", "lane_delay_us=300", "linger=1"});
+  group.start_all();
+  for (Rank rank = 0; rank < 3; ++rank) group.wait_for_mark(rank, "waiting");
+  group.set_mark("stop");
+  for (Rank rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+    EXPECT_EQ(number(group.result(rank), "exclusive_links"), 1);
+  }
+}
+
+TEST(ExclusiveLinks, TwoRanksHaveNobodyToWaitFor) {
+  RankGroup group(2, {"backend=nvshmem", "mode=was", "no_ops=1", "steps=3"});
+  group.start_all();
+  for (Rank rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(group.wait(rank), 0) << group.log(rank);
+    EXPECT_EQ(number(group.result(rank), "exclusive_links"), 0);
+  }
+}
+
+// Stopped or killed while it most likely holds a link, as it does nothing but copy; sooner or later it did.
+TEST(ExclusiveLinks, ALinkIsTakenFromAReaderThatNoLongerLeavesIt) {
+  for (const int signal : {SIGSTOP, SIGKILL}) {
+    SCOPED_TRACE(signal);
+    std::int64_t taken = 0;
+    for (int attempt = 0; attempt < 6 && taken == 0; ++attempt) {
+      RankGroup group(3, {"backend=nvshmem", "mode=was", "no_ops=1", "steps=2", "until_stop=1", "lane_delay_us=3000",
+                          "setup_deadline_ms=1000", "stop_deadline_ms=5000"});
+      group.start_all();
+      for (Rank rank = 0; rank < 3; ++rank) group.wait_for_mark(rank, "ready");
+      std::this_thread::sleep_for(Milliseconds(100 + 7 * attempt));
+      group.signal(1, signal);
+      std::this_thread::sleep_for(Milliseconds(400));
+      group.set_mark("stop");
+      for (const Rank rank : {0, 2}) {
+        ASSERT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+        EXPECT_LT(number(group.result(rank), "longest_ms"), 2500);
+        taken += number(group.result(rank), "links_taken");
+      }
+      if (signal == SIGSTOP) group.signal(1, SIGKILL);
+    }
+    EXPECT_GT(taken, 0);
+  }
+}
+
+}  // namespace
+}  // namespace sidp::test
