@@ -14,27 +14,30 @@ std::atomic_ref<std::uint32_t> atomic(std::uint32_t* word) { return std::atomic_
 
 void LinkQueue::ask(Rank owner) {
   owner_ = owner;
-  seen_ = 0;
+  seen_.reset();
   atomic(words_.waits(owner, rank_)).store(1);
 }
 
 bool LinkQueue::granted() {
   const auto holder = atomic(words_.holder(owner_));
   std::uint32_t seen = holder.load();
-  if (seen != mine()) {
-    bool takes = seen == 0;
-    if (seen != 0) {
-      const auto now = Clock::now();
-      if (seen != seen_) since_ = now;
-      seen_ = seen;
-      const auto held = now - since_;
-      takes = held > kLongestHold || (held > kLivenessCheck && !alive_(static_cast<Rank>(seen) - 1));
-    }
-    if (!takes) return false;
-    const bool was_held = seen != 0;
-    if (!holder.compare_exchange_strong(seen, mine())) return false;
-    if (was_held) ++taken_;
+  const auto now = Clock::now();
+  if (seen != seen_) since_ = now;
+  seen_ = seen;
+  const auto passed = now - since_;
+  if (seen == 0) {
+    if (passed < grace_) return false;
+    const std::uint32_t last = atomic(words_.last(owner_)).load();
+    const Rank next = next_reader(last == 0 ? owner_ : static_cast<Rank>(last) - 1, world_size_,
+                                  [&](Rank reader) { return atomic(words_.waits(owner_, reader)).load() != 0; });
+    if (next != rank_ && passed < grace_ + kLivenessCheck) return false;  // it takes the link, if it lives
+  } else if (passed < kLongestHold && (passed < kLivenessCheck || alive_(static_cast<Rank>(seen) - 1))) {
+    return false;
   }
+  const bool was_held = seen != 0;
+  if (!holder.compare_exchange_strong(seen, mine())) return false;
+  if (was_held) ++taken_;
+  since_ = now;
   atomic(words_.waits(owner_, rank_)).store(0);
   return true;
 }
@@ -42,11 +45,12 @@ bool LinkQueue::granted() {
 void LinkQueue::leave() {
   if (owner_ < 0) return;
   atomic(words_.waits(owner_, rank_)).store(0);
-  const Rank next = next_reader(rank_, world_size_, [&](Rank reader) {
-    return reader != rank_ && atomic(words_.waits(owner_, reader)).load() != 0;
-  });
-  std::uint32_t seen = mine();  // or it was taken away, or never had; whoever asks from now on finds it free
-  atomic(words_.holder(owner_)).compare_exchange_strong(seen, static_cast<std::uint32_t>(next + 1));
+  if (atomic(words_.holder(owner_)).load() == mine()) {
+    grace_ = (Clock::now() - since_) / kGraceShare;
+    atomic(words_.last(owner_)).store(mine());  // first: who finds the link free looks at it
+    std::uint32_t held = mine();                // or it is taken away now
+    atomic(words_.holder(owner_)).compare_exchange_strong(held, 0);
+  }
   owner_ = -1;
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
 #include "sidp/types.hpp"
 
@@ -16,18 +17,22 @@ class LinkQueue {
  public:
   struct Words {                                                   // all 0 at first
     std::function<std::uint32_t*(Rank owner)> holder;              // reader + 1, or 0: the link is free
+    std::function<std::uint32_t*(Rank owner)> last;                // holder before, likewise
     std::function<std::uint32_t*(Rank owner, Rank reader)> waits;  // 1: this reader does
   };
   static constexpr Milliseconds kLivenessCheck{2};
   static constexpr Milliseconds kLongestHold{100};  // of 1 GB at 10 GB/s
+  // A free link is left for so much of a copy's time: readers that come at one moment, as they do where each waits for
+  // another, are then chosen among (simulated: 1.01 times the floor in place of up to 1.33).
+  static constexpr int kGraceShare = 128;
 
   LinkQueue(Rank rank, Rank world_size, Words words, std::function<bool(Rank)> alive)
       : rank_(rank), world_size_(world_size), words_(std::move(words)), alive_(std::move(alive)) {}
 
-  // For one owner's link at a time: asks, looks whether it is this reader's turn, and passes the link on.
+  // For one owner's link at a time: asks, looks whether this reader may have it, and leaves it, granted or not.
   void ask(Rank owner);
   [[nodiscard]] bool granted();
-  void leave();  // granted or not
+  void leave();
 
   [[nodiscard]] std::uint64_t taken() const { return taken_; }  // links, from holders that had died or held them long
 
@@ -39,8 +44,9 @@ class LinkQueue {
   Words words_;
   std::function<bool(Rank)> alive_;
   Rank owner_ = -1;
-  std::uint32_t seen_ = 0;  // holder
-  Clock::time_point since_;
+  std::optional<std::uint32_t> seen_;  // holder
+  Clock::time_point since_;            // it was that, or this reader has held the link
+  Clock::duration grace_{0};
   std::uint64_t taken_ = 0;
 };
 

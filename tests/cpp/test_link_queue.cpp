@@ -19,17 +19,19 @@ struct Links {
   explicit Links(Rank ranks)
       : world_size(ranks),
         holder(static_cast<std::size_t>(ranks)),
+        last(holder.size()),
         waits(holder.size() * holder.size()),
         dead(holder.size()) {}
   LinkQueue queue(Rank rank) {
     return {rank,
             world_size,
             {[this](Rank owner) { return &holder[static_cast<std::size_t>(owner)]; },
+             [this](Rank owner) { return &last[static_cast<std::size_t>(owner)]; },
              [this](Rank owner, Rank reader) { return &waits[static_cast<std::size_t>(owner * world_size + reader)]; }},
             [this](Rank reader) { return !dead[static_cast<std::size_t>(reader)]; }};
   }
   Rank world_size;
-  std::vector<std::uint32_t> holder, waits;
+  std::vector<std::uint32_t> holder, last, waits;
   std::vector<std::atomic<bool>> dead;
 };
 
@@ -37,18 +39,50 @@ TEST(LinkQueue, PassesTheLinkDownTheRanks) {
   Links links(5);
   std::vector<LinkQueue> queues;
   for (Rank rank = 0; rank < 5; ++rank) queues.push_back(links.queue(rank));
+  const auto granted = [&](Rank rank) { return queues[static_cast<std::size_t>(rank)].granted(); };
   for (const Rank rank : {3, 1, 2, 4}) queues[static_cast<std::size_t>(rank)].ask(0);
-  ASSERT_TRUE(queues[3].granted());
-  std::vector<Rank> waiting = {1, 2, 4};
-  for (const auto& [leaves, next] : {std::pair{3, 2}, {2, 1}, {1, 4}}) {
-    for (const Rank rank : waiting) EXPECT_FALSE(queues[static_cast<std::size_t>(rank)].granted()) << rank;
-    queues[static_cast<std::size_t>(leaves)].leave();
-    EXPECT_TRUE(queues[static_cast<std::size_t>(next)].granted()) << next << " after " << leaves;
+  std::vector<Rank> waiting = {1, 2, 3, 4};
+  for (const Rank next : {4, 3, 2, 1}) {  // the owner counts as the last one at first
     std::erase(waiting, next);
+    for (const Rank rank : waiting) EXPECT_FALSE(granted(rank)) << rank << " before " << next;
+    EXPECT_TRUE(granted(next)) << next;
+    for (const Rank rank : waiting) EXPECT_FALSE(granted(rank)) << rank << " while " << next;
+    queues[static_cast<std::size_t>(next)].leave();
   }
-  queues[4].leave();
   queues[0].ask(0);
-  EXPECT_TRUE(queues[0].granted()) << "a link that nobody waits for is free";
+  EXPECT_TRUE(granted(0)) << "a link that nobody waits for is free";
+}
+
+// Rank 1 left the link and would be followed by rank 3 at once, were it not for rank 0, which comes a moment later.
+TEST(LinkQueue, AFreeLinkIsLeftForAMoment) {
+  Links links(4);
+  LinkQueue first = links.queue(1), early = links.queue(3), late = links.queue(0);
+  for (LinkQueue* queue : {&early, &late}) {  // both have held a link for long, so their grace is some milliseconds
+    queue->ask(1);
+    ASSERT_TRUE(queue->granted());
+    std::this_thread::sleep_for(Milliseconds(400));
+    queue->leave();
+  }
+  first.ask(2);
+  ASSERT_TRUE(first.granted());
+  first.leave();
+  early.ask(2);
+  EXPECT_FALSE(early.granted());
+  late.ask(2);
+  EXPECT_FALSE(late.granted());
+  std::this_thread::sleep_for(Milliseconds(4));
+  EXPECT_FALSE(early.granted()) << "it is the other's turn";
+  EXPECT_TRUE(late.granted());
+}
+
+TEST(LinkQueue, AFreeLinkIsNotLeftToWhoNeverTakesIt) {
+  Links links(4);
+  LinkQueue gone = links.queue(3), next = links.queue(2);
+  gone.ask(0);
+  next.ask(0);
+  EXPECT_FALSE(next.granted());
+  std::this_thread::sleep_for(LinkQueue::kLivenessCheck + Milliseconds(1));
+  EXPECT_TRUE(next.granted());
 }
 
 TEST(LinkQueue, ReadersThatGoAroundAreNeverTogether) {

@@ -18,7 +18,7 @@ namespace {
 constexpr ByteCount kFlagStride = 128;  // a line of a GPU's cache each; also room for a word for each block of a put
 static_assert(kFlagStride >= Kernels::kMaxBlocks * sizeof(std::uint32_t));
 // Words of a rank's control segment after its flags; then one for each reader that waits for its link.
-constexpr std::uint32_t kLeftWord = 0, kHolderWord = 1, kWordsOfRank = 2;
+constexpr std::uint32_t kLeftWord = 0, kHolderWord = 1, kLastWord = 2, kWordsOfRank = 3;
 constexpr Rank kLeastReaders = 2;                             // of an owner, for its link to need a queue
 constexpr ByteCount kHeapGranularity = ByteCount{512} << 20;  // NVSHMEM grows its heap by multiples of this
 
@@ -193,6 +193,7 @@ std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, con
   if (options.exclusive_links && options_.world_size >= kLeastReaders + 1) {
     const LinkQueue::Words words{
         .holder = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kHolderWord}); },
+        .last = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kLastWord}); },
         .waits =
             [this](Rank owner, Rank reader) {
               return host_.flag_word({owner, num_flags_ + kWordsOfRank + static_cast<std::uint32_t>(reader)});
