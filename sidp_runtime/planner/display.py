@@ -55,7 +55,7 @@ def _speed(plan: Plan) -> Table:
         "step tokens",
         "mode",
         "step ms",
-        "WaS alone / shared / CaS ms",
+        "WaS alone / in turn / CaS ms",
         "output tokens/s",
     ):
         table.add_column(column, justify="right")

@@ -45,8 +45,8 @@ class Streamed:
 class StepTimes:
     """Seconds of a step. ``local_s``: with all weights here; ``work_s``: that, beside a stream written to memory.
 
-    ``copy_s``: the streamed layers on a link of one's own; ``was_floor_s``: WaS with such a link; ``was_s``: with links
-    shared by replicas that drift, as simulated. ``cas_s``: replicas follow each other through the owners.
+    ``copy_s``: the streamed layers on a link of one's own; ``was_floor_s``: WaS with such a link; ``was_s``: where
+    replicas that drift take turns on the links, as simulated. ``cas_s``: replicas follow each other through the owners.
     """
 
     local_s: float
@@ -80,7 +80,7 @@ def local_s(gpu: GpuProfile, shape: ModelShape, load: StepLoad) -> float:
 
 
 def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Streamed, world_size: int) -> StepTimes:
-    """Both modes. WaS: the work with the stream's bytes written to memory beside it, against a stream on shared links.
+    """Both modes. WaS: the work with the stream's bytes written to memory beside it, against a stream that takes turns.
 
     CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
     for itself; round trips and the rows' bytes come on top.

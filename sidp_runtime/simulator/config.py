@@ -25,7 +25,8 @@ class SimulationConfig:
     ``overlap_slowdown``: how much longer compute takes while bytes enter or leave the rank.
 
     Links: ``link_gbps`` (10^9 bytes/s) of a rank's egress and of its ingress, ``copy_latency_us`` before each copy's
-    bytes flow.
+    bytes flow. ``exclusive_links``: an owner's egress carries one lane's copy (or slice) at a time, as the runtime has
+    it; else lanes share it, as hardware has it. With two ranks it is the same.
 
     Phases: ``start_ms`` of each rank (empty: all at 0), a random gap in [0, ``gap_ms``] ahead of each step, compute
     times a random factor in [1 - ``jitter``, 1 + ``jitter``], all from ``seed``.
@@ -48,6 +49,7 @@ class SimulationConfig:
     rows: int | tuple[int, ...] = 1
     overlap_slowdown: float = 1.0
     copy_latency_us: float = 0.0
+    exclusive_links: bool = True
     start_ms: tuple[float, ...] = ()
     gap_ms: float = 0.0
     jitter: float = 0.0

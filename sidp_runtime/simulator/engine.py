@@ -19,11 +19,11 @@ class Timer:
 
 
 class Engine:
-    """A heap of timers. ``settle`` runs once all that happens at one instant has happened, before time moves on."""
+    """A heap of timers. ``settlers`` run once all that happens at one instant has happened, before time moves on."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.settle: Callable[[], None] = lambda: None
+        self.settlers: list[Callable[[], None]] = []
         self._heap: list[tuple[float, int, Timer]] = []
         self._sequence = 0
 
@@ -41,7 +41,8 @@ class Engine:
         """Until nothing is due."""
         while True:
             if not self._heap or self._heap[0][0] > self.now:
-                self.settle()
+                for settle in self.settlers:
+                    settle()
             if not self._heap:
                 return
             self.now, _, timer = heapq.heappop(self._heap)

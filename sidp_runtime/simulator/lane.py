@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..placement import RingEntry
 from .config import SimulationConfig
 from .engine import Engine
+from .links import Links
 from .network import Flow, Network
 from .result import Recorder
 
@@ -23,7 +24,10 @@ class Piece:
 
 
 class Lane:
-    """One copy in flight. Uses and copies count alike: use ``k`` consumes copy ``k``."""
+    """One copy at a time, and it asks for its owner's link first; so does each slice.
+
+    Uses and copies count alike: use ``k`` consumes copy ``k``.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Lane:
         rank: int,
         owners: list[int],
         engine: Engine,
+        links: Links,
         network: Network,
         recorder: Recorder,
         arrived: Callable[[int], None],
@@ -41,6 +46,7 @@ class Lane:
         self._rank = rank
         self._owners = owners
         self._engine = engine
+        self._links = links
         self._network = network
         self._recorder = recorder
         self._arrived = arrived
@@ -53,7 +59,7 @@ class Lane:
         self._end = config.num_steps * len(plan) + warm if config.refill else 0
         self._pieces: list[Piece] = []  # of the current group, last first
         self._flow: Flow | None = None
-        self._in_flight = False
+        self._asked: int | None = None  # the owner whose link this rank has or waits for
         self._stopped = False
         self.last_copy_ms = 0.0
 
@@ -79,6 +85,8 @@ class Lane:
         self._stopped = True
         if self._flow is not None:
             self._network.cancel(self._flow)
+        if self._asked is not None:
+            self._links.let_go(self._asked, self._rank)
 
     def _next_group(self) -> None:
         """Pieces of the next copies: slice by slice over owners that start after this rank when ``rotate`` is set."""
@@ -104,7 +112,7 @@ class Lane:
         self._pieces.reverse()
 
     def _pump(self) -> None:
-        if self._in_flight or self._stopped:
+        if self._asked is not None or self._stopped:
             return
         if not self._pieces:
             self._next_group()
@@ -117,7 +125,10 @@ class Lane:
                 return
             self._full[entry.slot] = True
         self._pieces.pop()
-        self._in_flight = True
+        self._asked = self._owners[entry.layer]
+        self._links.ask(self._asked, self._rank, lambda: self._begin(piece, entry))
+
+    def _begin(self, piece: Piece, entry: RingEntry) -> None:
         start_ms = self._engine.now
         self._engine.after(self._config.copy_latency_us * 1e-3, lambda: self._send(piece, entry, start_ms))
 
@@ -130,11 +141,13 @@ class Lane:
         )
 
     def _landed(self, piece: Piece, entry: RingEntry, start_ms: float) -> None:
+        owner = self._owners[entry.layer]
         self._flow = None
-        self._in_flight = False
+        self._asked = None
+        self._links.let_go(owner, self._rank)
         self.last_copy_ms = self._engine.now
         step = piece.copy // len(self._plan)
-        self._recorder.span(self._rank, "copy", step, entry.layer, self._owners[entry.layer], start_ms)
+        self._recorder.span(self._rank, "copy", step, entry.layer, owner, start_ms)
         if piece.is_last:
             self._ready.add(piece.copy)
             self._arrived(piece.copy)

@@ -48,7 +48,7 @@ class Network:
         self._dirty: dict[int, None] = {}
         self._changed = changed
         self.moved = [[0.0] * world_size for _ in range(world_size)]  # bytes by [target][source]
-        engine.settle = self._settle
+        engine.settlers.append(self._settle)
 
     def busy(self, rank: int) -> bool:
         return bool(self._flows[rank] or self._flows[self._world_size + rank])

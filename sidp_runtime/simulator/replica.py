@@ -10,6 +10,7 @@ from ..placement import Placement
 from .config import SimulationConfig
 from .engine import Engine
 from .lane import Lane
+from .links import Links
 from .network import Flow, Network
 from .processor import Processor, Work
 from .result import Recorder, ReplicaResult, SpanKind, StepResult
@@ -24,6 +25,7 @@ class Replica:
         placement: Placement,
         rank: int,
         engine: Engine,
+        links: Links,
         network: Network,
         recorder: Recorder,
         peers: list[Replica],
@@ -38,7 +40,7 @@ class Replica:
         self._owners = [placement.owner(layer) for layer in range(placement.num_layers)]
         self.processor = Processor(engine, config.overlap_slowdown)
         self._lane = Lane(
-            config, placement.ring_plan(rank), rank, self._owners, engine, network, recorder, self._arrived
+            config, placement.ring_plan(rank), rank, self._owners, engine, links, network, recorder, self._arrived
         )
         self._is_was = config.mode_of(rank) == Mode.WAS
         self._use = 0  # streamed layers consumed so far

@@ -65,7 +65,8 @@ def h20_eight(stagger_ms: float, rows: int = 4096, **changes: Any) -> Simulation
     """Eight H20, one forward of 6 cycles of 8 layers, rank ``r`` starting ``r * stagger_ms`` late.
 
     The ring holds two cycles of 7 layers; the first is there at the start and refilled at the end. The link's rate is
-    the H200's, which has the same 18 NVLink lanes: none was published for the H20.
+    the H200's, which has the same 18 NVLink lanes: none was published for the H20. Nobody
+    took turns on the links there.
     """
     config = SimulationConfig(
         world_size=8,
@@ -74,6 +75,7 @@ def h20_eight(stagger_ms: float, rows: int = 4096, **changes: Any) -> Simulation
         rows=rows,
         link_gbps=H200_LINK_GBPS,
         copy_latency_us=H200_COPY_LATENCY_US,
+        exclusive_links=False,
         ring_slots=14,
         warm_slots=7,
         start_ms=tuple(rank * stagger_ms for rank in range(8)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .config import SimulationConfig
 from .engine import Engine
+from .links import Links
 from .network import BYTES_PER_MS, Network
 from .replica import Replica
 from .result import Recorder, SimulationResult
@@ -18,10 +19,11 @@ def simulate(config: SimulationConfig) -> SimulationResult:
     def ports_changed(rank: int) -> None:
         replicas[rank].processor.set_copying(network.busy(rank))
 
+    links = Links(engine, config.world_size, config.exclusive_links)
     network = Network(engine, config.world_size, config.link_gbps, config.link_gbps, ports_changed)
     placement = config.placement()
     for rank in range(config.world_size):
-        replicas.append(Replica(config, placement, rank, engine, network, recorder, replicas))
+        replicas.append(Replica(config, placement, rank, engine, links, network, recorder, replicas))
     for replica in replicas:
         replica.begin()
     engine.run()

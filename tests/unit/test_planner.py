@@ -102,7 +102,7 @@ def test_the_best_residency_is_the_fastest_and_lies_between() -> None:
     assert {scheme.mode for scheme in plan.residency if scheme.tokens_per_s} == {"WAS"}
     assert qwen_plan().kv_gain == pytest.approx(1.75, abs=0.005)
     assert plan.speedup == pytest.approx(max(rates) / (plan.dp.tokens_per_s or 0))
-    assert 1.05 < plan.speedup < 1.15
+    assert 1.2 < plan.speedup < 1.35
     assert [scheme.name for scheme in qwen_plan().rows()][:5] == ["plain DP", "TP2 x DP4", "TP4 x DP2", "TP8", "SiDP"]
 
 

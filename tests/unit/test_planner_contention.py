@@ -1,8 +1,9 @@
-"""WaS on shared links: the planner against the simulator it draws from, and against eight measured H20."""
+"""WaS of more than two: the planner against the simulator it draws from, and that against eight measured H20."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 from statistics import mean
 
 import pytest
@@ -25,36 +26,43 @@ def test_the_policys_table_is_the_simulators(replicas: int) -> None:
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 8])
-@pytest.mark.parametrize("rows", [1, 512, 2048])
+@pytest.mark.parametrize("rows", [1, 512, 1024, 2048])
 def test_the_planner_agrees_with_the_simulator(replicas: int, rows: int) -> None:
-    """64 layers and copies with a latency, unlike what the planner's table was simulated with."""
+    """64 layers and copies with a latency, unlike what the planner's table was simulated with; four starts, as rounds
+    that replicas fall into depend on them."""
     streamed = 64 - 64 // replicas
     times = step_time.step_times(H200, QWEN, StepLoad(rows), Streamed(streamed, streamed * LAYER_BYTES), replicas)
-    config = SimulationConfig(
-        world_size=replicas,
-        layer_bytes=(LAYER_BYTES,) * 64,
-        layer_ms=times.work_s * 1e3 / 64,
-        link_gbps=373.7,
-        copy_latency_us=3.0,
-        warm_slots=2,
-        num_steps=4,
-        start_ms=tuple(11.3 * rank * rank % 60 for rank in range(replicas)),
-        gap_ms=2.0,
-        jitter=0.02,
-        seed=7,
-    )
-    simulated_ms = mean(ms for replica in simulate(config).replicas for ms in replica.step_ms[1:])
-    assert times.was_s * 1e3 == pytest.approx(simulated_ms, rel=0.10)
+    steps_ms: list[float] = []
+    for seed in range(4):
+        random = Random(seed)
+        config = SimulationConfig(
+            world_size=replicas,
+            layer_bytes=(LAYER_BYTES,) * 64,
+            layer_ms=times.work_s * 1e3 / 64,
+            link_gbps=373.7,
+            copy_latency_us=3.0,
+            warm_slots=2,
+            num_steps=4,
+            start_ms=tuple(random.uniform(0, 60) for _ in range(replicas)),
+            gap_ms=2.0,
+            jitter=0.02,
+            seed=seed,
+        )
+        steps_ms += (ms for replica in simulate(config).replicas for ms in replica.step_ms[1:])
+    assert times.was_s * 1e3 == pytest.approx(mean(steps_ms), rel=0.05)
     assert times.was_s >= times.was_floor_s
 
 
 @pytest.mark.parametrize(("rows", "measured_ms"), [(1024, 71.44), (4096, 74.84), (4096, 76.60)])
-def test_eight_h20_are_not_predicted_faster_than_measured(rows: int, measured_ms: float) -> None:
-    """48 layers, 42 of them streamed; starts that drift (1024 rows) or lie 1 ms apart. In phase is slower still."""
+def test_contention_of_shared_links_is_that_of_eight_h20(rows: int, measured_ms: float) -> None:
+    """48 layers, 42 of them streamed; starts that drift (1024 rows) or lie 1 ms apart. In phase is slower still.
+
+    So what the table is made of meets measurements where links are shared; exclusive ones change nothing else.
+    """
     copy_ms = 42 * scenarios.H20_LAYER_BYTES / (scenarios.H200_LINK_GBPS * 1e6)
     work_ms = 48 * scenarios.H20_PRODUCT_MS * rows / scenarios.H20_PRODUCT_ROWS
-    predicted_ms = copy_ms * _C.step_over_stream(8, work_ms / copy_ms)
-    assert predicted_ms == pytest.approx(measured_ms, rel=0.10)
+    simulated_ms = copy_ms * contention.mean_step(8, work_ms / copy_ms, exclusive_links=False)
+    assert simulated_ms == pytest.approx(measured_ms, rel=0.10)
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 8, 16])

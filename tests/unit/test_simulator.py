@@ -38,15 +38,44 @@ def test_one_puller_takes_bytes_over_bandwidth_and_the_latency() -> None:
 @pytest.mark.parametrize("num_pullers", [1, 2, 7, 71])
 def test_pullers_of_one_owner_share_its_egress(num_pullers: int) -> None:
     """Only layer 0 is streamed: all but its owner pull it at the same time."""
-    settings = config(num_pullers + 1, num_layers=1)
+    settings = config(num_pullers + 1, num_layers=1, exclusive_links=False)
     assert durations(settings) == pytest.approx([0.0] + [float(num_pullers)] * num_pullers)
     utilisation = simulate(settings).egress_utilisation
     assert utilisation == pytest.approx([1.0] + [0.0] * num_pullers)
 
 
+@pytest.mark.parametrize("num_pullers", [2, 7, 71])
+def test_pullers_of_one_owner_take_turns(num_pullers: int) -> None:
+    """All ask at once: the highest rank is served first, as nobody was before it, and then each one below."""
+    turns = [float(num_pullers + 1 - rank) for rank in range(1, num_pullers + 1)]
+    assert durations(config(num_pullers + 1, num_layers=1)) == pytest.approx([0.0, *turns])
+
+
+def test_a_link_serves_who_waits_next_and_not_who_waits_longest() -> None:
+    """Rank 2 has the link from 0 on, 3 and then 1 ask in the meantime: 1 comes after 2."""
+    settings = config(4, num_layers=1, start_ms=(0.0, 0.5, 0.0, 0.25), trace=True)
+    copies = sorted((span.start_ms, span.rank) for span in simulate(settings).spans if span.kind == "copy")
+    assert [rank for _, rank in copies] == [2, 1, 3]
+    assert [start_ms for start_ms, _ in copies] == pytest.approx([0.0, 1.0, 2.0])
+
+
+def test_each_slice_asks_for_the_link_anew() -> None:
+    settings = config(3, num_layers=1, slices=2, trace=True)
+    copies = sorted((span.start_ms, span.rank) for span in simulate(settings).spans if span.kind == "copy")
+    assert [rank for _, rank in copies] == [2, 1, 2, 1]
+
+
+def test_only_lanes_take_turns() -> None:
+    """Rank 1's lane and rank 2, which copies a dead owner's layer in CaS mode, share its link."""
+    modes = (Mode.WAS, Mode.WAS, Mode.CAS)
+    assert durations(config(3, num_layers=1, mode=modes, dead_ms={0: 0.0}, refill=False)) == pytest.approx(
+        [0.0, 2.0, 2.0]
+    )
+
+
 def test_flows_share_max_min_fairly() -> None:
     """Rank 0 pulls layer 1 alone; 1 and 2 share owner 0, then rank 1 has layer 2 to itself and rank 2 layer 1."""
-    result = simulate(config(3, num_layers=3, ring_slots=3, trace=True))
+    result = simulate(config(3, num_layers=3, ring_slots=3, trace=True, exclusive_links=False))
     copies = {(s.rank, s.layer): (s.start_ms, s.end_ms) for s in result.spans if s.kind == "copy"}
     assert copies[0, 1] == pytest.approx((0.0, 1.0))
     assert copies[0, 2] == pytest.approx((1.0, 2.0))
