@@ -12,6 +12,7 @@ import typing_extensions
 __all__: list[str] = [
     "ALIGNMENT",
     "LARGEST_SIMULATED",
+    "LINK_GRACE_SHARE",
     "SPIN_ROWS",
     "Backend",
     "ByteView",
@@ -733,4 +734,5 @@ def unlink_segments(token: str, world_size: typing.SupportsInt | typing.Supports
 
 ALIGNMENT: int = 256
 LARGEST_SIMULATED: int = 16
+LINK_GRACE_SHARE: int = 128
 SPIN_ROWS: int = 128

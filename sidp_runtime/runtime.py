@@ -97,9 +97,9 @@ class Runtime:
     request is rounded up to the next one, and ``max_rows`` defaults to the largest. By default powers of two up to
     ``max_rows``. Ops are captured for each of them here. ``owners_engines``: layers are written here by the copy
     engines of their owners' GPUs, for which this process needs a context on each (276 MiB of an H200's memory);
-    otherwise this GPU's reads them, which takes more of a link (csrc/DESIGN.md). Where a peer's engine cannot be had,
-    a ``SlowCopyWarning`` says why. ``exclusive_links``, the same on all ranks: on GPUs, in groups of three or more, an
-    owner's link serves one reader at a time, which keeps replicas out of each other's way (csrc/DESIGN.md).
+    otherwise this GPU's reads them, which takes more of a link. Where a peer's engine cannot be had, a
+    ``SlowCopyWarning`` says why. ``exclusive_links``, the same on all ranks: on GPUs, in groups of three or more, an
+    owner's link serves one reader at a time (csrc/DESIGN.md).
     """
 
     def __init__(
@@ -339,14 +339,12 @@ class Runtime:
         """Counters since the start: steps and tokens by mode, bytes by peer, waits, hits, requests, fallbacks.
 
         ``owners_engines``: by peer, whether its GPU's copy engine writes here; ``why_read``: why not, where it should.
-        ``exclusive_links``: whether copies wait until their owner serves nobody else, ``link_wait_ns``: how long they
-        did, ``links_taken``: from ranks that had died, or held a link for 100 ms.
+        ``link_wait_ns``: how long copies waited for ``exclusive_links``; ``links_taken``: from dead or stopped ranks.
         Of the policy: ``decisions`` by reason, ``last_decision`` in words, ``mode_changes``, and ``step_times`` by mode
-        and size: medians of recent steps, predicted and measured, and the correction. On a GPU times are those of the
-        stream, and those of the last steps come with the next ones.
+        and size: medians of recent steps, predicted and measured, and the correction; on a GPU late by some steps.
 
-        For the thread of the steps. Another one may ask while a step runs, and then finds counters of different
-        moments, or half written; those of copies and served requests are whole.
+        For the thread of the steps. Another one finds counters of different moments, or half written, while a step
+        runs; those of copies and served requests are whole.
         """
         return self._final_stats if self._open_core is None else self._open_core.stats()
 

@@ -30,7 +30,8 @@ def run(context: RankContext) -> None:
     tokens = shape.step_tokens(context.quick)
     counts = tokens if context.quick else tokens[len(tokens) // 2 - 2 :: 2]
     buckets = tuple(sorted({1, *(count for count in counts if count <= shape.cas_rows)}))
-    with open_replica(context, shape, buckets=buckets) as replica:
+    slots = 2 if context.world_size < 4 else 3  # docs/simulator.md, "Exclusive links"
+    with open_replica(context, shape, buckets=buckets, ring_slots=slots) as replica:
         shared_too = replica.runtime.stats()["exclusive_links"]
         with open_link(context, replica.layer_bytes) as link:
             name, everyone = RAW[context.backend], set(range(context.world_size))
@@ -43,14 +44,16 @@ def run(context: RankContext) -> None:
         for count in counts:
             _one_count(context, replica, count, copy_s, exclusive=True)
     if shared_too:
-        with open_replica(context, shape, exclusive_links=False) as replica:
+        with open_replica(context, shape, ring_slots=slots, exclusive_links=False) as replica:
             for count in counts:
                 _one_count(context, replica, count, copy_s, exclusive=False)
 
 
 def _one_count(context: RankContext, replica: Replica, count: int, copy_s: list[float], *, exclusive: bool) -> None:
     prefix = "sidp" if exclusive else "sidp_shared"
-    x, parameters = replica.rows(count), {"ranks": context.world_size, "tokens": count}
+    slots = replica.pool.placement.num_slots(context.rank)
+    x = replica.rows(count)
+    parameters: dict[str, int | str] = {"ranks": context.world_size, "slots": slots, "tokens": count}
     pace, random = context.pace(count), Random(context.rank)
 
     def step(mode: Mode) -> Callable[[], object]:

@@ -9,6 +9,7 @@ namespace sidp::bindings {
 
 void bind_placement(py::module_& m) {
   m.attr("ALIGNMENT") = kAlignment;
+  m.attr("LINK_GRACE_SHARE") = kLinkGraceShare;
   m.def(
       "next_reader",
       [](Rank last, Rank world_size, const std::vector<Rank>& waiting) {

@@ -46,7 +46,7 @@ void LinkQueue::leave() {
   if (owner_ < 0) return;
   atomic(words_.waits(owner_, rank_)).store(0);
   if (atomic(words_.holder(owner_)).load() == mine()) {
-    grace_ = (Clock::now() - since_) / kGraceShare;
+    grace_ = (Clock::now() - since_) / kLinkGraceShare;
     atomic(words_.last(owner_)).store(mine());  // first: who finds the link free looks at it
     std::uint32_t held = mine();                // or it is taken away now
     atomic(words_.holder(owner_)).compare_exchange_strong(held, 0);

@@ -22,9 +22,6 @@ class LinkQueue {
   };
   static constexpr Milliseconds kLivenessCheck{2};
   static constexpr Milliseconds kLongestHold{100};  // of 1 GB at 10 GB/s
-  // A free link is left for so much of a copy's time: readers that come at one moment, as they do where each waits for
-  // another, are then chosen among (simulated: 1.01 times the floor in place of up to 1.33).
-  static constexpr int kGraceShare = 128;
 
   LinkQueue(Rank rank, Rank world_size, Words words, std::function<bool(Rank)> alive)
       : rank_(rank), world_size_(world_size), words_(std::move(words)), alive_(std::move(alive)) {}

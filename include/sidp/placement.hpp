@@ -34,6 +34,9 @@ std::int32_t ring_slot(std::int32_t k, std::int32_t num_streamed, std::int32_t n
 // world_size), or -1. last: whom it served last, at first the owner itself. With layers that go around the ranks,
 // reader r+1 is then drawn one layer ahead of reader r, where each finds its next owner free.
 Rank next_reader(Rank last, Rank world_size, const std::function<bool(Rank)>& waits);
+// A free link is left for so much of a copy's time before one of those that wait is chosen: they come at one moment
+// where each has waited for another.
+inline constexpr int kLinkGraceShare = 128;
 
 class Placement {
  public:

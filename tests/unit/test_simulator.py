@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from sidp_runtime import Mode
+from sidp_runtime._C import LINK_GRACE_SHARE
 from sidp_runtime.errors import ConfigError
 from sidp_runtime.simulator import SimulationConfig, Span, simulate
 from sidp_runtime.simulator.engine import Engine
 from sidp_runtime.simulator.network import Network
 
 MB = 10**6
+GRACE = 1.0 / LINK_GRACE_SHARE  # of a copy of 1 ms: a link is left for a moment between two
 
 
 def config(world_size: int = 2, num_layers: int = 2, **changes: Any) -> SimulationConfig:
@@ -47,7 +49,7 @@ def test_pullers_of_one_owner_share_its_egress(num_pullers: int) -> None:
 @pytest.mark.parametrize("num_pullers", [2, 7, 71])
 def test_pullers_of_one_owner_take_turns(num_pullers: int) -> None:
     """All ask at once: the highest rank is served first, as nobody was before it, and then each one below."""
-    turns = [float(num_pullers + 1 - rank) for rank in range(1, num_pullers + 1)]
+    turns = [k * 1.0 + (k - 1) * GRACE for k in range(num_pullers, 0, -1)]
     assert durations(config(num_pullers + 1, num_layers=1)) == pytest.approx([0.0, *turns])
 
 
@@ -56,7 +58,7 @@ def test_a_link_serves_who_waits_next_and_not_who_waits_longest() -> None:
     settings = config(4, num_layers=1, start_ms=(0.0, 0.5, 0.0, 0.25), trace=True)
     copies = sorted((span.start_ms, span.rank) for span in simulate(settings).spans if span.kind == "copy")
     assert [rank for _, rank in copies] == [2, 1, 3]
-    assert [start_ms for start_ms, _ in copies] == pytest.approx([0.0, 1.0, 2.0])
+    assert [start_ms for start_ms, _ in copies] == pytest.approx([0.0, 1 + GRACE, 2 + 2 * GRACE])
 
 
 def test_each_slice_asks_for_the_link_anew() -> None:
@@ -105,7 +107,7 @@ def test_callbacks_of_one_instant_keep_their_order() -> None:
 def test_a_staggered_start_takes_the_owners_in_turn() -> None:
     """In phase two pullers share owner 0; one copy time apart they do not."""
     apart = simulate(config(3, num_layers=1, start_ms=(0.0, 0.0, 1.0)))
-    assert [replica.step_ms[0] for replica in apart.replicas] == pytest.approx([0.0, 1.0, 1.0])
+    assert [replica.step_ms[0] for replica in apart.replicas] == pytest.approx([0.0, 1.0, 1.0 + GRACE])
 
 
 def test_compute_bound_is_compute() -> None:
@@ -197,14 +199,14 @@ def test_slices_interleave_the_owners_of_a_group() -> None:
     rotated = simulate(config(3, num_layers=3, ring_slots=2, slice_group=2, rotate=True, trace=True))
     first = {rank: next(s.layer for s in rotated.spans if s.kind == "copy" and s.rank == rank) for rank in range(3)}
     assert first == {0: 1, 1: 2, 2: 0}
-    assert [replica.last_copy_ms for replica in rotated.replicas] == pytest.approx([2.0] * 3)  # nobody shares
+    assert [replica.last_copy_ms for replica in rotated.replicas] == pytest.approx([2.0 + GRACE] * 3)  # nobody shares
 
 
 def test_a_sliced_layer_is_used_after_its_last_slice() -> None:
     """Rank 0, alone, needs layer 1, whose last slice lands 1.5 ms after it started, and layer 2, at 2 ms."""
     settings = config(3, num_layers=3, slices=2, slice_group=2, layer_ms=0.1, start_ms=(0.0, 50.0, 99.0), trace=True)
     computed = [s for s in simulate(settings).spans if s.kind == "compute" and s.rank == 0]
-    assert [span.start_ms for span in computed] == pytest.approx([0.0, 1.5, 2.0])
+    assert [span.start_ms for span in computed] == pytest.approx([0.0, 1.5 + GRACE / 2, 2.0 + GRACE])  # of half a copy
 
 
 @pytest.mark.parametrize("num_layers", range(3, 15))

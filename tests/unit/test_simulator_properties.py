@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidp_runtime._C import LINK_GRACE_SHARE
 from sidp_runtime.simulator import SimulationConfig, simulate
 
 ROUNDING_MS = 1e-6  # of sums of doubles
@@ -81,7 +82,8 @@ def test_alone_a_replica_is_bound_by_the_sum_of_both(config: SimulationConfig) -
     copies = sum(config.layer_bytes[layer] for layer in streamed) / (config.link_gbps * 1e6)
     copies += len(streamed) * config.slices * config.copy_latency_us * 1e-3
     total = config.num_steps * (copies + len(config.layer_bytes) * config.compute_ms(0, 1))
-    assert replica.total_ms <= total + ROUNDING_MS
+    graces = config.num_steps * copies / LINK_GRACE_SHARE  # ahead of each, a share of the one before
+    assert replica.total_ms <= total + graces + ROUNDING_MS
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,7 +120,7 @@ def test_a_dead_reader_blocks_no_link(config: SimulationConfig, dead_ms: float, 
 
 @pytest.mark.parametrize(
     ("replicas", "jitter", "most"),
-    [(3, 0.0, 1.05), (4, 0.0, 1.05), (8, 0.0, 1.05), (3, 0.02, 1.05), (4, 0.02, 1.05), (8, 0.02, 1.15)],
+    [(3, 0.0, 1.05), (4, 0.0, 1.05), (8, 0.0, 1.05), (3, 0.02, 1.05), (4, 0.02, 1.05), (8, 0.02, 1.16)],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_replicas_in_phase_fill_exclusive_links_and_not_shared_ones(
