@@ -12,6 +12,7 @@
 #include "backends/nvshmem/event_clock.hpp"
 #include "backends/nvshmem/event_timer.hpp"
 #include "backends/nvshmem/nvshmem_backend.hpp"
+#include "backends/registry.hpp"
 #include "sidp/error.hpp"
 
 namespace sidp::test {
@@ -92,6 +93,8 @@ class Emulation final : public EmulatedGpu {
   void check_events() override;
   void check_streams(Workload& workload, Runtime& runtime) override;
   void hold_rows(Workload& workload, Runtime& runtime, const std::function<void()>& meanwhile) override;
+  void check_reopened(const std::shared_ptr<Bootstrap>& bootstrap, Rank rank, const WorkloadSpec& spec,
+                      const std::string& token) override;
   void check_replay(Workload& workload, Runtime& runtime) override;
 
  private:
@@ -254,6 +257,38 @@ void Emulation::hold_rows(Workload& workload, Runtime& runtime, const std::funct
   workload.step(runtime, {.break_at = 2}, random);
   meanwhile();
   hold(false);
+}
+
+void Emulation::check_reopened(const std::shared_ptr<Bootstrap>& bootstrap, Rank rank, const WorkloadSpec& spec,
+                               const std::string& token) {
+  std::mt19937_64 random(10);
+  for (int i = 0; i < 4; ++i) {
+    const auto backend = make_backend({.name = "nvshmem",
+                                       .rank = rank,
+                                       .world_size = spec.world_size,
+                                       .token = token + std::to_string(i),
+                                       .device = 0,
+                                       .gpus = ordinals_},
+                                      bootstrap);
+    Workload workload(backend, spec, hooks());
+    const std::vector<Op> plain = workload.ops();
+    RuntimeOptions options;
+    options.deadline = Milliseconds(3000);
+    options.max_rows = spec.max_rows;
+    options.profile = cas_profile();
+    options.policy.fixed = Mode::kCas;
+    options.row_buckets = spec.row_buckets(options.spin_rows);
+    options.deferred_start = true;
+    Runtime runtime(workload.pool(), ops(*backend, plain), options);
+    capture(runtime, plain);
+    runtime.start();
+    for (int step = 0; step < 2 + i; ++step) workload.step(runtime, {}, random);
+    wait();
+    runtime.check();
+    finish();
+    bootstrap->all_gather("asked", "");
+    if (!runtime.close() || !backend->close()) throw Mismatch("a runtime or its pool was not freed");
+  }
 }
 
 void Emulation::check_replay(Workload& workload, Runtime& runtime) {

@@ -41,6 +41,9 @@ class EmulatedGpu {
   virtual void check_streams(Workload& workload, Runtime& runtime) = 0;
   // A step of one request, which rings and whose rows are then held back until `meanwhile` returns.
   virtual void hold_rows(Workload& workload, Runtime& runtime, const std::function<void()>& meanwhile) = 0;
+  // Requests in runtimes one after the other, each on a pool of its own.
+  virtual void check_reopened(const std::shared_ptr<Bootstrap>& bootstrap, Rank rank, const WorkloadSpec& spec,
+                              const std::string& token) = 0;
   // Steps in graphs, in both modes, between eager ones; and what replay steps refuse.
   virtual void check_replay(Workload& workload, Runtime& runtime) = 0;
 };

@@ -75,6 +75,7 @@ class RankProcess {
     if (name == "nvshmem") gpu_ = make_emulated_gpu(folder_, rank_, spec_.world_size);
     if (gpu_) gpu_->misbehave(text("misbehave", ""));
     if (text("do", "steps") == "reopen") return reopen(bootstrap);
+    if (text("do", "steps") == "reopen_runtimes") return gpu_->check_reopened(bootstrap, rank_, spec_, token_);
     if (text("do", "steps") == "events") return gpu_->check_events();
     auto backend = make_backend({.name = name,
                                  .rank = rank_,
@@ -107,7 +108,7 @@ class RankProcess {
     options.service.test_delay_us = static_cast<std::uint32_t>(number("service_delay_us", 0));
     options.spin_rows = number("spin_rows", kSpinRows);
     if (gpu_ && !ops.empty()) {
-      options.row_buckets = {1, spec_.max_rows};
+      options.row_buckets = spec_.row_buckets(options.spin_rows);
       options.deferred_start = true;
     }
     if (number("fail_registration", 0) != 0) gpu_->fail_registration();
@@ -129,10 +130,8 @@ class RankProcess {
     if (what == "usage") {
       check_usage(workload, runtime, spec_, options.policy.fixed, gpu_ ? gpu_->hooks().stream : Stream{});
       mark("usage checked");
-    } else if (what == "slow_lane") {
-      check_slow_lane(runtime, workload, /*break_off=*/false);
-    } else if (what == "slow_drain") {
-      check_slow_lane(runtime, workload, /*break_off=*/true);
+    } else if (what == "slow_lane" || what == "slow_drain") {
+      check_slow_lane(runtime, workload, /*break_off=*/what == "slow_drain");
     } else if (what == "streams") {
       gpu_->check_streams(workload, runtime);
     } else if (what == "replay") {
@@ -150,6 +149,7 @@ class RankProcess {
       workload.step(runtime, {}, random);
       gpu_->wait();
       mark("answered");
+      if (number("steps", 0) > 0) await("go on"), steps(workload, runtime);
     } else if (what == "held_rows") {
       gpu_->hold_rows(workload, runtime, [this] { mark("rung"), await("rows"); });
     } else if (what == "ahead") {

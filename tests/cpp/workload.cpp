@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <set>
 
 #include "sidp/error.hpp"
 
@@ -68,6 +69,11 @@ class WorkloadKernel final : public OpKernel {
 
 MachineProfile cas_profile() {
   return {.copy_bytes_per_s = 1e-9, .round_trip_us = 1e-6, .memory_bytes_per_s = 1e18, .flops_per_s = 1e24};
+}
+
+std::vector<std::int64_t> WorkloadSpec::row_buckets(std::int64_t spin_rows) const {
+  const std::set<std::int64_t> buckets{1, std::clamp<std::int64_t>(spin_rows, 1, max_rows), max_rows};
+  return {buckets.begin(), buckets.end()};
 }
 
 Placement WorkloadSpec::placement() const {

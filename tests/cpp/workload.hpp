@@ -24,6 +24,8 @@ struct WorkloadSpec {
   std::vector<LayerIndex> resident{};
   std::int64_t max_rows = 2;
 
+  // Of requests on a GPU: one, the most that are announced before their rows, all.
+  [[nodiscard]] std::vector<std::int64_t> row_buckets(std::int64_t spin_rows) const;
   [[nodiscard]] Placement placement() const;
   [[nodiscard]] std::string manifest() const;
 };

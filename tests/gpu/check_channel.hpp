@@ -14,6 +14,7 @@ constexpr std::uint32_t kAnswered = 1, kNotAnswered = 2;  // as in stream_channe
 constexpr std::uint32_t kRequested = 0x80012345;
 constexpr ByteCount kFlagBytes = Kernels::kMaxBlocks * sizeof(std::uint32_t);
 constexpr ByteCount kUnanswered = 0, kWithheld = 8;
+constexpr ByteCount kEpoch = 0, kSeen = 128;  // of rows flags, at the requester and at the owner
 
 class CheckChannel : protected CheckMemory {
  protected:
@@ -48,15 +49,25 @@ class CheckChannel : protected CheckMemory {
     }
   }
 
-  void expect_flags(const DeviceBuffer& flags, unsigned set, const std::string& what) const {
-    std::vector<std::uint32_t> expected(Kernels::kMaxBlocks);
-    std::fill_n(expected.begin(), set, 1U);
+  // The first ones are set to a value, the others are as they were.
+  void expect_flags(const DeviceBuffer& flags, unsigned set, const std::string& what, std::uint32_t value = 1,
+                    std::uint32_t others = 0) const {
+    std::vector<std::uint32_t> expected(Kernels::kMaxBlocks, others);
+    std::fill_n(expected.begin(), set, value);
     require(read_flags(flags.at(0), Kernels::kMaxBlocks) == expected, what + ": not the flags of its blocks are set");
   }
-  void set_flags(const DeviceBuffer& flags, unsigned set) const {
+  void set_flags(const DeviceBuffer& flags, unsigned set, std::uint32_t value = 1) const {
     std::vector<std::uint32_t> content(Kernels::kMaxBlocks);
-    std::fill_n(content.begin(), set, 1U);
+    std::fill_n(content.begin(), set, value);
     write(flags.at(0), content.data(), kFlagBytes);
+  }
+  void set_epochs(std::uint32_t requester, std::uint32_t owner) const {
+    write(epochs_.at(kEpoch), &requester, sizeof requester);
+    write(epochs_.at(kSeen), &owner, sizeof owner);
+  }
+  void expect_epochs(std::uint32_t requester, std::uint32_t owner, const std::string& what) const {
+    require(read_flags(epochs_.at(kEpoch), 1).front() == requester, what + ": wrong epoch at the requester");
+    require(read_flags(epochs_.at(kSeen), 1).front() == owner, what + ": wrong epoch at the owner");
   }
   // The words of await() and put() on the device that say that something went wrong.
   void set_verdict(ByteCount at, std::uint64_t value) const { write(verdicts_.at(at), &value, sizeof value); }
@@ -74,6 +85,7 @@ class CheckChannel : protected CheckMemory {
                   .value = value,
                   .finished = (service ? finished_service_ : finished_).at(0),
                   .block_flags = block_flags,
+                  .epoch = service ? 0 : epochs_.at(kEpoch),
                   .blocks = blocks,
                   .withheld = service ? verdicts_.at(kWithheld) : 0,
                   .turn = service ? 0 : words_.at(kTurn),
@@ -81,15 +93,24 @@ class CheckChannel : protected CheckMemory {
                   .served_host = words_.at(kServedHost)});
   }
 
-  void launch_await(const DeviceStream& stream, const DeviceBuffer& flags, unsigned count, ByteCount failed,
-                    bool resets = false, const RequestWords& request = {}) const {
-    kernels_.await(stream.get(),
-                   {.flags = flags.at(0),
+  // Of an answer.
+  void launch_await(unsigned count, const RequestWords& request = {}) const {
+    kernels_.await(engine_.get(),
+                   {.flags = reply_flags_.at(0),
                     .count = count,
-                    .released = words_.at(&stream == &service_ ? kReleased : kReply),
-                    .failed = verdicts_.at(failed),
-                    .resets = resets},
+                    .released = words_.at(kReply),
+                    .failed = verdicts_.at(kUnanswered),
+                    .resets = true},
                    request);
+  }
+  // Of rows, by their owner or by who stands in for it.
+  void launch_await_rows(unsigned count, bool stand_in = false) const {
+    kernels_.await(service_.get(), {.flags = block_flags_.at(0),
+                                    .count = count,
+                                    .released = words_.at(kReleased),
+                                    .failed = verdicts_.at(kWithheld),
+                                    .epoch = epochs_.at(stand_in ? kEpoch : kSeen),
+                                    .seen = epochs_.at(kSeen)});
   }
 
   // spun: by a kernel that waits for the flags of so many blocks; 0: the stream has waited. dst 0: nothing is copied.
@@ -97,7 +118,7 @@ class CheckChannel : protected CheckMemory {
                    unsigned spun = 0) {
     const RequestWords request{.flag = words_.at(kReply),
                                .request = words_.at(kRequest),
-                               .rows_flags = spun != 0 ? block_flags_.at(0) : 0,
+                               .epoch = spun != 0 ? epochs_.at(kEpoch) : 0,
                                .unanswered = spun != 0 ? verdicts_.at(kUnanswered) : 0,
                                .sent_rows = rows,
                                .sent_bytes = bytes,
@@ -107,8 +128,7 @@ class CheckChannel : protected CheckMemory {
                                .number = ++number_,
                                .answered_host = words_.at(kAnsweredHost),
                                .turn = turn ? turn_words() : TurnWords{}};
-    if (spun != 0)
-      launch_await(engine_, reply_flags_, spun, kUnanswered, /*resets=*/true, dst == 0 ? request : RequestWords{});
+    if (spun != 0) launch_await(spun, dst == 0 ? request : RequestWords{});
     if (dst != 0) kernels_.take(engine_.get(), dst, src, bytes, finished_take_.at(0), request);
     expected_[0] += 1, expected_[1] += rows, expected_[2] += bytes;
   }
@@ -127,6 +147,43 @@ class CheckChannel : protected CheckMemory {
     expect_finished(what);
   }
 
+  static std::uint32_t next(std::uint32_t epoch) { return epoch == kNobodyWaits - 1 ? 1 : epoch + 1; }
+
+  // Rows are there when all flags have the number after the last one: none of before it, of whatever block, counts. A
+  // stand-in goes by the requester's number, whether the owner has seen the rows or not. After a request without an
+  // answer nobody waits.
+  void await_wants_its_epoch() {
+    const Filled rows(*this, 0, pattern(5 * 8192));
+    const Guarded slot(*this, 0, 5 * 8192);
+    for (const std::uint32_t epoch : {0U, 1U, 77U, kNobodyWaits - 2, kNobodyWaits - 1})
+      for (const auto& [stand_in, seen] : {std::pair{false, epoch}, {true, epoch}, {true, next(epoch)}}) {
+        const std::string what = "a wait for what follows " + std::to_string(epoch) + (stand_in ? ", stood in" : "");
+        set_verdict(kWithheld, 0);
+        set_epochs(epoch, seen);
+        set_flags(block_flags_, Kernels::kMaxBlocks, epoch);
+        if (!serial_) {
+          launch_await_rows(5, stand_in);
+          std::this_thread::sleep_for(Milliseconds(2));
+          require(!service_.idle(), what + ": it took the flags of the request before");
+        }
+        launch_put(engine_, slot.at(), rows.at, 5 * 8192, words_.at(kRequest), kRequested, block_flags_.at(0));
+        engine_.synchronize();
+        if (serial_) launch_await_rows(5, stand_in);
+        service_.synchronize();
+        expect_flags(block_flags_, 5, what, next(epoch), epoch);
+        expect_epochs(epoch, next(epoch), what);
+        require(!verdict(kWithheld), what + ": it failed");
+      }
+    set_epochs(kNobodyWaits, 7);
+    for (int i = 0; i < 3; ++i) {  // the owner may have seen more or less of these
+      launch_put(engine_, slot.at(), rows.at, 5 * 8192, words_.at(kRequest), kRequested, block_flags_.at(0));
+      engine_.synchronize();
+      for (int j = 0; j < i; ++j) launch_await_rows(5);
+      service_.synchronize();
+    }
+    set(kRequest, 0);
+  }
+
   bool serial_;
   Kernels kernels_{device_};
   DeviceStream service_{device_, DeviceStream::Priority::kService};
@@ -139,6 +196,7 @@ class CheckChannel : protected CheckMemory {
   DeviceBuffer block_flags_{device_, kFlagBytes, "words"};  // of the engine's puts
   DeviceBuffer reply_flags_{device_, kFlagBytes, "words"};  // of the service's
   DeviceBuffer verdicts_{device_, 16, "words"};             // kUnanswered, kWithheld
+  DeviceBuffer epochs_{device_, 256, "words"};              // kEpoch, kSeen
   std::uint64_t expected_[3] = {};
   std::uint64_t number_ = 0;  // of the last answer
 };

@@ -51,10 +51,13 @@ class Check : CheckChannel {
     }
     put_sets_its_word_last();
     await_needs_every_flag();
+    await_wants_its_epoch();
     one_sided();
     turns();
     for (int i = 0; i < 20; ++i) exchange(i % 4 == 3);
-    for (int i = 0; i < 20; ++i) spun_exchange(i % 4 == 3, i % 3 == 0);
+    // numbers go over from the largest to 1
+    for (std::uint32_t i = 0, epoch = kNobodyWaits - 9; i < 20; ++i, epoch = next(epoch))
+      spun_exchange(epoch, i % 4 == 3, i % 3 == 0);
     std::printf("%zu shapes and 40 exchanges of rows are right\n", shapes.size());
   }
 
@@ -67,20 +70,23 @@ class Check : CheckChannel {
         const Filled src(*this, shape.src_offset, rows);
         const Guarded dst(*this, shape.dst_offset, shape.bytes);
         set(kRequest, 0);
-        set_flags(block_flags_, 0);
+        const std::uint32_t epoch = seed() % 3 == 0 ? 0 : seed();  // its own, or none
+        set_flags(block_flags_, Kernels::kMaxBlocks, epoch);
+        set_epochs(epoch, 0);
         set_verdict(kWithheld, withheld ? 1 : 0);
         kernels_.put(engine_.get(), dst.at(), src.at, shape.bytes,
                      {.word = words_.at(kRequest),
                       .value = kRequested,
                       .finished = finished_.at(0),
                       .block_flags = block_flags_.at(0),
+                      .epoch = epoch != 0 ? epochs_.at(kEpoch) : 0,
                       .blocks = blocks,
                       .withheld = verdicts_.at(kWithheld)});
         engine_.synchronize();
         dst.expect(rows, what + " in blocks");
         require(word(kRequest) == kRequested, what + " in blocks: wrong word");
         const unsigned launched = blocks != 0 ? blocks : Kernels::blocks_for(shape.bytes);
-        expect_flags(block_flags_, withheld ? 0 : launched, what + " in blocks");
+        expect_flags(block_flags_, withheld ? 0 : launched, what + " in blocks", epoch + 1, epoch);
       }
     for (const bool with_word : {true, false}) {
       const Bytes rows = pattern(shape.bytes);
@@ -109,7 +115,8 @@ class Check : CheckChannel {
     set(kRequest, kRequested & 0x7FFFFFFF);
     if (!spun) set(kReply, reply);
     const unsigned blocks = spun ? 1 + seed() % Kernels::kMaxBlocks : 0;
-    set_flags(block_flags_, blocks);
+    const std::uint32_t epoch = seed();
+    set_epochs(epoch, epoch);
     set_verdict(kUnanswered, 0);
     set_verdict(kWithheld, 0);
     const auto begin = [&] { launch_take(borrowed ? 0 : dst.at(), src.at, shape.bytes, 3, false, blocks); };
@@ -122,7 +129,7 @@ class Check : CheckChannel {
     if (!spun || serial_) begin();
     engine_.synchronize();
     expect_flags(reply_flags_, 0, what + ", reply flags");
-    expect_flags(block_flags_, reply == kAnswered ? 0 : blocks, what + ", flags of the request");
+    expect_epochs(!spun ? epoch : reply == kAnswered ? epoch + 1 : kNobodyWaits, epoch, what);
     if (reply == kAnswered) dst.expect(borrowed ? Bytes(shape.bytes, kUntouched) : rows, what);
     expect_taken(reply == kAnswered, what);
   }
@@ -171,13 +178,13 @@ class Check : CheckChannel {
       write(reply_flags_.at(0), some, sizeof some);
       set_verdict(kUnanswered, 0);
       if (!serial_) {
-        launch_await(engine_, reply_flags_, 3, kUnanswered, /*resets=*/true);
+        launch_await(3);
         std::this_thread::sleep_for(Milliseconds(2));
         require(!engine_.idle(), "a wait ended although a block's flag was not set");
       }
       device_.check(device_.api().cuMemcpyAsync(reply_flags_.at(4 * missing), one.at(0), 4, service_.get()), "copy");
       service_.synchronize();
-      if (serial_) launch_await(engine_, reply_flags_, 3, kUnanswered, /*resets=*/true);
+      if (serial_) launch_await(3);
       engine_.synchronize();
       expect_flags(reply_flags_, 0, "a wait for three blocks");
       require(!verdict(kUnanswered), "a wait that was not released says so");
@@ -300,7 +307,7 @@ class Check : CheckChannel {
 
   // The same with the bell before the rows, in blocks; or the host ends the wait for the rows: no answer, and then for
   // it.
-  void spun_exchange(bool released, bool borrowed) {
+  void spun_exchange(std::uint32_t epoch, bool released, bool borrowed) {
     const std::string what = std::string(released ? "spun request that the host released" : "spun exchange") +
                              (borrowed ? " of a borrowed answer" : "");
     constexpr ByteCount kRows = 64, kFirst = 32 * 5120, kBytes = kRows * 5120 * 2;
@@ -310,6 +317,8 @@ class Check : CheckChannel {
     const Guarded slot(*this, 0, kBytes), reply(*this, 0, kBytes), y(*this, 0, kBytes);
     set_verdict(kUnanswered, 0);
     set_verdict(kWithheld, 0);
+    set_epochs(epoch, epoch);
+    set_flags(block_flags_, Kernels::kMaxBlocks, epoch);
     const auto ask = [&] {
       if (!released)
         launch_put(engine_, slot.at(), rows.at, kBytes, words_.at(kRequest), kRequested, block_flags_.at(0));
@@ -317,7 +326,7 @@ class Check : CheckChannel {
         set(kRequest, kRequested);  // and its rows never come
     };
     const auto answer = [&] {
-      launch_await(service_, block_flags_, blocks, kWithheld);
+      launch_await_rows(blocks);
       launch_put(service_, reply.at(), slot.at(), kFirst, 0);
       launch_put(service_, reply.at() + kFirst, slot.at() + kFirst, kBytes - kFirst, 0, 0, reply_flags_.at(0), blocks);
     };
@@ -340,7 +349,11 @@ class Check : CheckChannel {
     require(verdict(kWithheld) == released && verdict(kUnanswered) == released, what + ": wrong verdicts");
     if (!released) slot.expect(x, what + ", request slot");
     if (!released) (borrowed ? reply : y).expect(x, what);
-    expect_flags(block_flags_, 0, what + ", flags of the request");
+    expect_flags(block_flags_, released ? 0 : blocks, what + ", flags of the request", next(epoch), epoch);
+    if (released)
+      expect_epochs(kNobodyWaits, epoch, what);
+    else
+      expect_epochs(next(epoch), next(epoch), what);
     expect_flags(reply_flags_, 0, what + ", reply flags");
     set(kReleased, 0);
     expect_taken(!released, what);

@@ -19,12 +19,16 @@ struct Counts {
   std::uint64_t answers, rows, bytes;
 };
 
+// Rows flags are not set back: those of a request are set to the epoch that follows the one of the last request that
+// was answered. Epochs go from 1 to the last before this and then on with 1; flags start at 0. After a request without
+// an answer it is this for good: then nobody waits for rows.
+constexpr std::uint32_t kNobodyWaits = 0xFFFFFFFF;
+
 // Of a request, for the kernel that ends it at its requester.
 struct RequestWords {
   WordAddress flag;     // of the answer or the host's release, in host memory; set back to 0
   WordAddress request;  // the requester's word at the owner, in host memory; set back to 0
-  WordAddress
-      rows_flags;  // of its put at the owner; set back to 0 unless nobody answered, so that no op waits for them
+  WordAddress epoch;    // of rows flags at this owner, on the device; 0: the request had none
   WordAddress
       unanswered;  // what sidp_await sets when it fails, on the device; 0: it was the stream that waited for `flag`
   std::uint64_t sent_rows;    // for the counts

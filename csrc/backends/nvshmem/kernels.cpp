@@ -70,8 +70,8 @@ void Kernels::launch(CUfunction kernel, unsigned blocks, unsigned threads, CUstr
 
 void Kernels::put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const {
   PutWords w = words;
-  void* arguments[] = {&dst,           &src,        &bytes,  &w.word,   &w.value,      &w.finished,
-                       &w.block_flags, &w.withheld, &w.turn, &w.served, &w.served_host};
+  void* arguments[] = {&dst,           &src,     &bytes,      &w.word, &w.value,  &w.finished,
+                       &w.block_flags, &w.epoch, &w.withheld, &w.turn, &w.served, &w.served_host};
   launch(functions_.put, w.blocks != 0 ? w.blocks : blocks_for(bytes), kThreads, stream, arguments, "sidp_put");
 }
 
@@ -92,7 +92,7 @@ void Kernels::await(CUstream stream, const AwaitWords& words, const RequestWords
   AwaitWords w = words;
   RequestWords ended = request;
   unsigned reset = w.resets ? 1 : 0;
-  void* arguments[] = {&w.flags, &w.count, &w.released, &w.failed, &reset, &ended};
+  void* arguments[] = {&w.flags, &w.count, &w.released, &w.failed, &reset, &w.epoch, &w.seen, &ended};
   launch(functions_.await, 1, kWarp, stream, arguments, "sidp_await");
 }
 

@@ -10,6 +10,7 @@
 namespace {
 
 using sidp::nvshmem::Counts;
+using sidp::nvshmem::kNobodyWaits;
 using sidp::nvshmem::RequestWords;
 using sidp::nvshmem::TurnWords;
 using sidp::nvshmem::WordAddress;
@@ -42,6 +43,10 @@ __device__ inline std::uint64_t now_ns() {
 
 // Turns order work, they protect nothing: so a wait for one ends, come what may.
 constexpr std::uint64_t kLongestWaitNs = 10'000'000;
+
+__device__ inline std::uint32_t next_epoch(std::uint32_t epoch) {
+  return epoch == kNobodyWaits ? epoch : epoch + 1 == kNobodyWaits ? 1 : epoch + 1;
+}
 
 __device__ inline std::uint32_t* word32(WordAddress address) { return reinterpret_cast<std::uint32_t*>(address); }
 __device__ inline std::uint64_t* word64(WordAddress address) { return reinterpret_cast<std::uint64_t*>(address); }
@@ -101,37 +106,35 @@ constexpr unsigned kWarp = 0xFFFFFFFF;
 // sidp_await found, now or before.
 __device__ inline void end_request(const RequestWords& words, bool failed) {
   store(word32(words.flag), 0);
-  if (failed)
-    store(word64(words.failed_host), 1);
-  else if (words.rows_flags != 0)
-    for (int i = 0; i < 8; ++i) reinterpret_cast<uint4*>(words.rows_flags)[i] = uint4{};  // a line
+  if (failed) store(word64(words.failed_host), 1);
   store(word32(words.request), 0);
   auto* const counts = reinterpret_cast<Counts*>(words.counts);
   auto* const counts_host = reinterpret_cast<Counts*>(words.counts_host);
-  const Counts now{counts->answers + 1, counts->rows + words.sent_rows, counts->bytes + words.sent_bytes};
+  const Counts before = *counts;
+  const std::uint32_t epoch = words.epoch != 0 ? load(word32(words.epoch)) : 0;  // on its way with them
+  const Counts now{before.answers + 1, before.rows + words.sent_rows, before.bytes + words.sent_bytes};
   *counts = now;
   store(&counts_host->rows, now.rows);
   store(&counts_host->bytes, now.bytes);
   store(&counts_host->answers, now.answers);
   if (words.answered_host != 0) store(word64(words.answered_host), words.number);
-  // The rows flags lie across one link and the next bell across another: theirs must have arrived before it rings. The
-  // end of the kernel would wait for all of this anyway.
-  if (words.rows_flags != 0) __threadfence_system();
+  if (words.epoch != 0) store(word32(words.epoch), failed ? kNobodyWaits : next_epoch(epoch));
 }
 
 }  // namespace
 
 // Copies rows to another GPU, or to the own one, and then sets a word there; word may be null. block_flags (or null):
 // each block sets the one of its number when it has copied, so no block waits for another; `word` is then set first, as
-// a bell. withheld (or null): if it is not 0, no flag is set. turn: of this rank's engine, which ends here (or null).
-// served, served_host: the service's count of answers, on the device and for the host, which this one adds to (or
-// null).
+// a bell. Flags are set to what follows *epoch, or to 1 (null). withheld (or null): if it is not 0, no flag is set.
+// turn: of this rank's engine, which ends here (or null). served, served_host: the service's count of answers, on the
+// device and for the host, which this one adds to (or null).
 extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t bytes, std::uint32_t* word,
                                     std::uint32_t value, unsigned* finished, std::uint32_t* block_flags,
-                                    const std::uint64_t* withheld, std::uint64_t* turn, std::uint64_t* served,
-                                    std::uint64_t* served_host) {
+                                    const std::uint32_t* epoch, const std::uint64_t* withheld, std::uint64_t* turn,
+                                    std::uint64_t* served, std::uint64_t* served_host) {
   wait_for_predecessor();
   const std::uint64_t withholds = withheld != nullptr && threadIdx.x == 0 ? load(withheld) : 0;  // on its way meanwhile
+  const std::uint32_t answered = epoch != nullptr && threadIdx.x == 0 ? load(epoch) : 0;         // likewise
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (word != nullptr && block_flags != nullptr) store(word, value);
     if (turn != nullptr) store(turn, 0);
@@ -141,7 +144,7 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
     __syncthreads();
     if (threadIdx.x != 0) return;
     __threadfence_system();  // of what the whole block copied (PTX memory model: bar.sync, fence.sys, then a store)
-    if (withholds == 0) store(block_flags + blockIdx.x, 1);
+    if (withholds == 0) store(block_flags + blockIdx.x, epoch != nullptr ? next_epoch(answered) : 1);
     if (served == nullptr || atomicInc(finished, gridDim.x - 1) != gridDim.x - 1) return;
   } else {
     if (!last_to_finish<__threadfence_system>(finished)) return;
@@ -155,22 +158,32 @@ extern "C" __global__ void sidp_put(char* dst, const char* src, std::uint64_t by
 
 // Waits until `count` flags on the device are set, or for the host's release (the other word): then `failed` says so,
 // and stays so. One warp, a flag each, as it holds its place on a multiprocessor while others compute. The fences make
-// the relaxed loads acquires (PTX memory model), and the end of the kernel hands that on to what follows. reset:
-// whether the flags are set to 0 here. request: ended here, as no take follows, unless its `request` is 0.
+// the relaxed loads acquires (PTX memory model), and the end of the kernel hands that on to what follows. Flags are set
+// when they are what follows *epoch, which is then stored to *seen, or when they are 1 (null). reset: whether they are
+// set to 0 here. request: ended here, as no take follows, unless its `request` is 0.
 extern "C" __global__ void sidp_await(std::uint32_t* flags, unsigned count, const std::uint32_t* released,
-                                      std::uint64_t* failed, unsigned reset, const RequestWords request) {
+                                      std::uint64_t* failed, unsigned reset, const std::uint32_t* epoch,
+                                      std::uint32_t* seen, const RequestWords request) {
   wait_for_predecessor();
   const bool has_flag = threadIdx.x < count, ends = threadIdx.x == 0 && request.request != 0;
+  std::uint32_t flag = has_flag ? load(flags + threadIdx.x) : 0;  // on its way with the next two
+  const std::uint32_t before = epoch != nullptr ? load(epoch) : 0;
   const bool failed_before = ends && load(failed) != 0;
+  const std::uint32_t wanted = epoch != nullptr ? next_epoch(before) : 1;
   bool answered = false;
-  while (!answered) {
-    for (int i = 0; i < 64 && !answered; ++i)  // a look at the host takes as long as many at the device
-      answered = __all_sync(kWarp, !has_flag || load(flags + threadIdx.x) != 0);
-    if (!answered && __any_sync(kWarp, load(released) != 0)) break;
+  for (unsigned looks = 1;; ++looks) {
+    answered = __all_sync(kWarp, !has_flag || flag == wanted || flag == kNobodyWaits);
+    if (answered) break;
+    // a look at the host takes as long as many at the device
+    if (looks % 64 == 0 && __any_sync(kWarp, load(released) != 0)) break;
+    if (has_flag) flag = load(flags + threadIdx.x);
   }
   if (answered) {
     __threadfence_system();
     if (has_flag && reset != 0) store(flags + threadIdx.x, 0);
+    if (threadIdx.x == 0 && seen != nullptr) store(seen, wanted);
+    // A stand-in's crosses the link, and the owner may be back for the next request, which waits for this one's answer.
+    if (seen != epoch) __threadfence_system();
   } else if (threadIdx.x == 0) {
     store(failed, 1);
   }

@@ -20,7 +20,8 @@ class Kernels {
     CUdeviceptr word;             // set once all bytes are there
     std::uint32_t value;          // to this
     CUdeviceptr finished;         // a zeroed word for this kernel's blocks; only one launch at a time may use it
-    CUdeviceptr block_flags = 0;  // each set to 1 once its block's bytes are there; `word` is then set before all bytes
+    CUdeviceptr block_flags = 0;  // each set once its block's bytes are there; `word` is then set before all bytes
+    CUdeviceptr epoch = 0;        // on the device: flags are set to what follows it; 0: they are set to 1
     unsigned blocks = 0;          // to launch; 0: as the bytes want
     CUdeviceptr withheld = 0;     // on the device, 64 bits: while it is not 0, block flags are not set
     CUdeviceptr turn = 0;         // of the engine, which ends
@@ -31,11 +32,13 @@ class Kernels {
   void put(CUstream stream, CUdeviceptr dst, CUdeviceptr src, ByteCount bytes, const PutWords& words) const;
 
   struct AwaitWords {
-    CUdeviceptr flags;     // on the device, of a put's blocks
-    unsigned count;        // of blocks, at most kMaxBlocks
-    CUdeviceptr released;  // by the host, in host memory
-    CUdeviceptr failed;    // set to 1 then; 64 bits
-    bool resets = false;   // flags are set back to 0, unless released
+    CUdeviceptr flags;      // on the device, of a put's blocks
+    unsigned count;         // of blocks, at most kMaxBlocks
+    CUdeviceptr released;   // by the host, in host memory
+    CUdeviceptr failed;     // set to 1 then; 64 bits
+    bool resets = false;    // flags are set back to 0, unless released
+    CUdeviceptr epoch = 0;  // on the device: set flags are what follows it; 0: they are 1
+    CUdeviceptr seen = 0;   // where that is stored once they are: the same word, or one on another GPU
   };
   // Waits, as one warp, for flags on the device, or for the host's release. request: ended then, and its answer stays
   // in its slot; all 0: take() follows, or it is none.

@@ -172,7 +172,7 @@ void NvshmemBackend::create_flags(std::uint32_t num_flags) {
       control_.push_back(mapped);
     }
   });
-  const ByteCount bytes = num_flags * kFlagStride;
+  const ByteCount bytes = seen_flag(options_.world_size) * kFlagStride;
   const std::vector<ByteCount> bytes_by_rank(static_cast<std::size_t>(options_.world_size), bytes);
   const auto buffer = allocate_symmetric(bytes_by_rank, "flags", true);
   for (Rank rank = 0; rank < options_.world_size; ++rank) flags_.push_back(device_pointer(buffer->peer(rank)));
@@ -216,6 +216,7 @@ std::unique_ptr<ActivationChannel> NvshmemBackend::make_channel(WeightPool& pool
       .reply = [this, &pool](Rank requester, Rank owner) { return host_word({requester, pool.reply_flag(owner)}); },
       .rows_flags = [this, &pool](Rank owner, Rank requester) { return flag({owner, pool.request_flag(requester)}); },
       .reply_flags = [this, &pool](Rank requester, Rank owner) { return flag({requester, pool.reply_flag(owner)}); },
+      .rows_seen = [this](Rank owner, Rank requester) { return flag({owner, seen_flag(requester)}); },
   };
   return std::make_unique<StreamChannel>(device_, pool, mailbox, memory, options, in_use_);
 }

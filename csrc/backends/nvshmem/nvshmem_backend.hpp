@@ -76,6 +76,10 @@ class NvshmemBackend final : public Backend {
   void within_deadline(const std::string& what, std::function<void()> collective);
   void* symmetric_malloc(ByteCount bytes, const std::string& label);
   [[nodiscard]] CUdeviceptr flag(FlagRef ref) const;
+  // Of the channel's own, on the GPU: see ChannelMemory::rows_seen.
+  [[nodiscard]] std::uint32_t seen_flag(Rank requester) const {
+    return num_flags_ + static_cast<std::uint32_t>(requester);
+  }
   [[nodiscard]] ChannelMemory::Word host_word(FlagRef ref) const;
   // Set by a rank that leaves, so that others can tell it from one that died.
   [[nodiscard]] std::atomic_ref<std::uint32_t> left(Rank rank) const;

@@ -33,8 +33,8 @@ Request Request::from(std::uint32_t word) {
   return {static_cast<LayerIndex>(word >> 19 & 0xFFF), static_cast<OpIndex>(word >> 13 & 0x3F), word & 0x1FFF};
 }
 
-// Lines of words on the device: kCounts by rank, block counters of the engine's put and take by owner, block counter of
-// the service's puts, count of its answers, whether a request of this rank was not answered.
+// Lines of words on the device: kCounts and an epoch by rank, block counters of the engine's put and take by owner,
+// block counter of the service's puts, count of its answers, whether a request of this rank was not answered.
 StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& pool, const Mailbox& mailbox,
                              ChannelMemory memory, const ChannelOptions& options,
                              const std::shared_ptr<const bool>& kept)
@@ -124,12 +124,17 @@ const std::byte* StreamChannel::slot(Rank owner, Rank requester) const {
 }
 
 void StreamChannel::await_rows(Stream stream, const GraphOp::Key& request, ByteCount bytes) const {
-  if (!spins(request.rows)) return;  // its word is set when they are there
+  const auto [owner, requester, rows] = request;
+  if (!spins(rows)) return;  // its word is set when they are there
   const ContextScope scope(*device_);
-  kernels_.await(static_cast<CUstream>(stream.handle), {.flags = memory_.rows_flags(request.owner, request.requester),
-                                                        .count = Kernels::blocks_for(bytes),
-                                                        .released = host_.on_device(given_up_index(request.requester)),
-                                                        .failed = withheld_word(request.requester)});
+  const CUdeviceptr seen = memory_.rows_seen(owner, requester);
+  kernels_.await(static_cast<CUstream>(stream.handle),
+                 {.flags = memory_.rows_flags(owner, requester),
+                  .count = Kernels::blocks_for(bytes),
+                  .released = host_.on_device(given_up_index(requester)),
+                  .failed = withheld_word(requester),
+                  .epoch = owner == rank_ ? seen : epoch_word(owner),  // a dead owner may have seen them or not
+                  .seen = seen});
 }
 
 void StreamChannel::put_answer(Stream stream, const GraphOp::Key& request,
@@ -207,19 +212,20 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
   const CUdeviceptr reply = memory_.reply(rank_, owner).device;
   const CUdeviceptr word = memory_.request(owner, rank_).device;
   const bool spun = spins(request.rows);
-  const CUdeviceptr rows_flags = spun ? memory_.rows_flags(owner, rank_) : 0;
+  const CUdeviceptr epoch = spun ? epoch_word(owner) : 0;
   const CUdeviceptr unanswered = spun ? local_word(3 * world + 2) : 0;
   kernels_.put(on, device_pointer(slot(owner, rank_)), device_pointer(x), in_bytes,
                {.word = word,
                 .value = request.word(),
                 .finished = local_word(world + peer),
-                .block_flags = rows_flags,
+                .block_flags = spun ? memory_.rows_flags(owner, rank_) : 0,
+                .epoch = epoch,
                 // as the owner knows the bucket only
                 .blocks = spun ? Kernels::blocks_for(static_cast<ByteCount>(request.rows) * entry.in_row_bytes) : 0,
                 .turn = in_turn_ ? turn_words().turn : 0});
   const RequestWords words{.flag = reply,
                            .request = word,
-                           .rows_flags = rows_flags,
+                           .epoch = epoch,
                            .unanswered = unanswered,
                            .sent_rows = static_cast<std::uint64_t>(rows),
                            .sent_bytes = in_bytes,

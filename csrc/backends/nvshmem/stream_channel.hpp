@@ -54,6 +54,8 @@ struct ChannelMemory {
   // Flags of the blocks that put a request on the owner's GPU, an answer on the requester's: a line each.
   std::function<CUdeviceptr(Rank owner, Rank requester)> rows_flags;
   std::function<CUdeviceptr(Rank requester, Rank owner)> reply_flags;
+  // Of the rows flags that were awaited last, their epoch; on the owner's GPU.
+  std::function<CUdeviceptr(Rank owner, Rank requester)> rows_seen;
 };
 
 // Words that kernels, other processes and this one's threads share.
@@ -93,7 +95,7 @@ class StreamChannel final : public ActivationChannel {
 
  private:
   // Words by rank, on the host and on the device: answers, rows and bytes as an owner; that its rows are not waited for
-  // any more as a requester.
+  // any more as a requester. On the device then the epoch of the rows flags at it as an owner.
   static constexpr std::size_t kCounts = 4;
   // Host words after those of all owners.
   enum class HostWord : std::uint8_t { kFailed, kTurn, kLaunched, kServed, kAnswered, kNumWords };
@@ -148,6 +150,9 @@ class StreamChannel final : public ActivationChannel {
   // Set by the wait for rows that was given up: their answer is withheld.
   [[nodiscard]] CUdeviceptr withheld_word(Rank requester) const {
     return words_.at(static_cast<ByteCount>(requester) * 64 + (kCounts - 1) * sizeof(std::uint64_t));
+  }
+  [[nodiscard]] CUdeviceptr epoch_word(Rank owner) const {
+    return words_.at(static_cast<ByteCount>(owner) * 64 + kCounts * sizeof(std::uint64_t));
   }
   [[nodiscard]] const std::byte* reply_slot(Rank owner) const {
     return mailbox_.buffer().local() + mailbox_.reply_offset(owner) + kAlignment;

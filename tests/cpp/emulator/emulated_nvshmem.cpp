@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -120,6 +121,7 @@ EMULATED void* nvshmem_malloc(std::size_t bytes) {
   for (char* memory : piece.by_rank) from_cuda<void (*)(char*, std::size_t, bool)>("emulator_map")(memory, bytes, true);
   meet();  // all have mapped it
   char* const mine = piece.by_rank[static_cast<std::size_t>(s.rank)];
+  std::memset(mine, 0x5A, std::min(bytes, std::size_t{1} << 20));  // it is not zeroed
   s.pieces[mine] = std::move(piece);
   return mine;
 }

@@ -17,6 +17,7 @@
 
 namespace sidp::emulator {
 
+using nvshmem::kNobodyWaits;
 using nvshmem::RequestWords;
 using nvshmem::TurnWords;
 using Work = std::function<void()>;
@@ -51,11 +52,17 @@ Value argument(void** arguments, int index) {
 // one; puts of several take their time before it.
 inline std::atomic<bool> rows_held = false, dies_in_answer = false, slow_puts = false;
 
+// To which a request's flags are set, by the epoch of the one before; 1 where there is none.
+inline std::uint32_t next_epoch(CUdeviceptr epoch) {
+  const std::uint32_t before = epoch != 0 ? atomic<std::uint32_t>(epoch).load() : 0;
+  return before < kNobodyWaits - 1 ? before + 1 : before == kNobodyWaits ? before : 1;
+}
+
 inline Work put(void** a, unsigned blocks) {
   const auto dst = argument<CUdeviceptr>(a, 0), src = argument<CUdeviceptr>(a, 1), word = argument<CUdeviceptr>(a, 3),
-             block_flags = argument<CUdeviceptr>(a, 6), withheld = argument<CUdeviceptr>(a, 7),
-             turn = argument<CUdeviceptr>(a, 8), served = argument<CUdeviceptr>(a, 9),
-             served_host = argument<CUdeviceptr>(a, 10);
+             block_flags = argument<CUdeviceptr>(a, 6), epoch = argument<CUdeviceptr>(a, 7),
+             withheld = argument<CUdeviceptr>(a, 8), turn = argument<CUdeviceptr>(a, 9),
+             served = argument<CUdeviceptr>(a, 10), served_host = argument<CUdeviceptr>(a, 11);
   const auto bytes = argument<std::uint64_t>(a, 2);
   const auto value = argument<std::uint32_t>(a, 4);
   return [=] {
@@ -65,13 +72,14 @@ inline Work put(void** a, unsigned blocks) {
       while (rows_held) nap();
     }
     const bool withholds = withheld != 0 && atomic<std::uint64_t>(withheld).load() != 0;
+    const std::uint32_t set = next_epoch(epoch);
     const bool dies = dies_in_answer && served != 0 && blocks > 1;
     for (unsigned n = 0; n < blocks; ++n) {  // the first block last
       const unsigned i = dies ? n : blocks - 1 - n;
       if (i == 0 && blocks > 1 && slow_puts) std::this_thread::sleep_for(std::chrono::milliseconds(3));
       const std::uint64_t from = bytes * i / blocks, to = bytes * (i + 1) / blocks;
       std::memcpy(reinterpret_cast<char*>(dst) + from, reinterpret_cast<const char*>(src) + from, to - from);
-      if (block_flags != 0 && !withholds) write_value(block_flags + 4 * i, 1)();
+      if (block_flags != 0 && !withholds) write_value(block_flags + 4 * i, set)();
       if (dies) ::raise(SIGKILL);
     }
     if (block_flags == 0 && word != 0) write_value(word, value)();
@@ -95,8 +103,6 @@ inline Work turn(void** a) {
 
 inline void end_request(const RequestWords& words, bool failed) {
   write_value(words.flag, 0)();
-  if (words.rows_flags != 0 && !failed)
-    for (unsigned i = 0; i < 32; ++i) write_value(words.rows_flags + 4 * i, 0)();
   write_value(words.request, 0)();
   if (failed) atomic<std::uint64_t>(words.failed_host).store(1);
   const std::uint64_t more[] = {1, words.sent_rows, words.sent_bytes};
@@ -104,6 +110,7 @@ inline void end_request(const RequestWords& words, bool failed) {
     auto* const count = reinterpret_cast<std::uint64_t*>(words.counts) + i;
     atomic<std::uint64_t>(words.counts_host + static_cast<CUdeviceptr>(i) * 8).store(*count += more[i]);
   }
+  if (words.epoch != 0) atomic<std::uint32_t>(words.epoch).store(failed ? kNobodyWaits : next_epoch(words.epoch));
   if (words.answered_host != 0) atomic<std::uint64_t>(words.answered_host).store(words.number);
   if (words.turn.turn != 0) begin_turn(words.turn);
 }
@@ -122,20 +129,27 @@ inline Work take(void** a) {
 
 inline Work await(void** a) {
   const auto flags = argument<CUdeviceptr>(a, 0), released = argument<CUdeviceptr>(a, 2),
-             failed = argument<CUdeviceptr>(a, 3);
+             failed = argument<CUdeviceptr>(a, 3), epoch = argument<CUdeviceptr>(a, 5),
+             seen = argument<CUdeviceptr>(a, 6);
   const auto count = argument<unsigned>(a, 1);
   const bool resets = argument<unsigned>(a, 4) != 0;
-  return [=, request = argument<RequestWords>(a, 5)] {
+  return [=, request = argument<RequestWords>(a, 7)] {
     const auto flag = [=](unsigned i) { return atomic<std::uint32_t>(flags + 4 * i); };
+    const std::uint32_t set = next_epoch(epoch);
+    const auto is_set = [=](unsigned i) {
+      const std::uint32_t value = flag(i).load(std::memory_order_acquire);
+      return value == set || value == kNobodyWaits;
+    };
     const auto all_set = [=] {
-      unsigned set = 0;
-      while (set < count && flag(set).load(std::memory_order_acquire) != 0) ++set;
-      return set == count;
+      unsigned i = 0;
+      while (i < count && is_set(i)) ++i;
+      return i == count;
     };
     bool answered = false;
     while (!(answered = all_set()) && atomic<std::uint32_t>(released).load() == 0) nap();
     if (!answered) atomic<std::uint64_t>(failed).store(1);
     for (unsigned i = 0; answered && resets && i < count; ++i) flag(i).store(0);
+    if (answered && seen != 0) write_value(seen, set)();
     if (request.request != 0) end_request(request, atomic<std::uint64_t>(failed).load() != 0);
   };
 }
