@@ -174,7 +174,7 @@ class Ranks:
         *,
         ranks: Sequence[int] | None = None,
         per_rank: Sequence[Mapping[str, Any]] | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = 120,
         **arguments: Any,
     ) -> None:
         self.token = secrets.token_hex(16)
