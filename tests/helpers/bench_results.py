@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 def medians(machine: str, case: str, metric: str, subject: str) -> dict[int, float]:
     """Rows (or tokens) to the median of a figure; key 0 where it has no such parameter."""
-    figures = json.loads((RESULTS / machine / f"{case}.json").read_text(encoding="utf-8"))["figures"]
+    return {of: figure["median"] for of, figure in measured(machine, case, metric, subject).items()}
+
+
+def measured(machine: str, case: str, metric: str, subject: str) -> dict[int, dict[str, Any]]:
+    """The same with the whole figure."""
+    wanted = (case, metric, subject, "measured")
     found = {
-        figure["parameters"].get("tokens", figure["parameters"].get("rows", 0)): figure["median"]
-        for figure in figures
-        if (figure["metric"], figure["subject"], figure["status"]) == (metric, subject, "measured")
+        figure["parameters"].get("tokens", figure["parameters"].get("rows", 0)): figure
+        for figure in figures(machine)
+        if tuple(figure[key] for key in ("case", "metric", "subject", "status")) == wanted
     }
-    assert found, f"{machine}/{case}.json has no {metric} of {subject}"
+    assert found, f"{machine} has no {case}/{metric} of {subject}"
     return found
+
+
+@cache
+def figures(machine: str) -> list[dict[str, Any]]:
+    """All rows of the machine's whole run."""
+    return list(json.loads((RESULTS / machine / "bench.json").read_text(encoding="utf-8"))["figures"])

@@ -39,7 +39,7 @@ def test_the_planner_agrees_with_the_simulator(replicas: int, rows: int) -> None
             world_size=replicas,
             layer_bytes=(LAYER_BYTES,) * 64,
             layer_ms=times.work_s * 1e3 / 64,
-            link_gbps=373.7,
+            link_gbps=scenarios.H200_LINK_GBPS,
             copy_latency_us=3.0,
             warm_slots=2,
             num_steps=4,
@@ -59,7 +59,7 @@ def test_contention_of_shared_links_is_that_of_eight_h20(rows: int, measured_ms:
 
     So what the table is made of meets measurements where links are shared; exclusive ones change nothing else.
     """
-    copy_ms = 42 * scenarios.H20_LAYER_BYTES / (scenarios.H200_LINK_GBPS * 1e6)
+    copy_ms = 42 * scenarios.H20_LAYER_BYTES / (scenarios.H20_LINK_GBPS * 1e6)
     work_ms = 48 * scenarios.H20_PRODUCT_MS * rows / scenarios.H20_PRODUCT_ROWS
     simulated_ms = copy_ms * contention.mean_step(8, work_ms / copy_ms, exclusive_links=False)
     assert simulated_ms == pytest.approx(measured_ms, rel=0.10)

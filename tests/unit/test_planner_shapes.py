@@ -153,8 +153,8 @@ def test_profiles_say_where_they_come_from() -> None:
     for profile in profiles.values():
         assert len(profile.sources) == 2
     # the shares that H200 reached of its datasheet
-    assert profiles["B200"].rates.copy_bytes_per_s == pytest.approx(900e9 * 373.7 / 450)
-    assert profiles["H20"].rates.flops_per_s == pytest.approx(148e12 * 627 / 989.4)
+    assert profiles["B200"].rates.copy_bytes_per_s == pytest.approx(900e9 * 392.7 / 450)
+    assert profiles["H20"].rates.flops_per_s == pytest.approx(148e12 * 613.8 / 989.4)
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:
