@@ -132,9 +132,11 @@ def test_every_case_of_steps_is_sampled_at_their_pace(tmp_path: Path, case: Any,
         raise Asked
 
     made.contest = contest  # type: ignore[method-assign]
-    replica = SimpleNamespace(rows=lambda _: None, shape=made.shape)
+    pool = SimpleNamespace(placement=SimpleNamespace(num_slots=lambda _: 2))
+    replica = SimpleNamespace(rows=lambda _: None, shape=made.shape, pool=pool)
+    how = {"exclusive": True} if case is scale_steps else {}
     with pytest.raises(Asked):
-        case._one_count(made, replica, *((2,) if case is ring_depth else ()), 4096, *more)
+        case._one_count(made, replica, *((2,) if case is ring_depth else ()), 4096, *more, **how)
     assert asked["pace"] == made.pace(4096) != made.pace(1)
     assert asked.get("clock", False) == (case in (step_time, scale_steps))
 
