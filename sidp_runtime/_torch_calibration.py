@@ -93,7 +93,7 @@ class CalibrationJob:
 
 
 def rank_main(rank: int, job: CalibrationJob, port: int, token: str, results: Connection) -> None:
-    """The process of a rank. Sends ``{"error"}`` or what ``_measure`` and ``_check`` found, as JSON."""
+    """The process of a rank. Sends ``{"stage"}`` as it goes, then ``{"error"}`` or what it found, as JSON."""
     try:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore", UnhelpfulWarning)
@@ -102,7 +102,7 @@ def rank_main(rank: int, job: CalibrationJob, port: int, token: str, results: Co
         with Group(
             rank, job.world_size, store, backend=job.backend, token=token, deadline_ms=job.deadline_ms, device=device
         ) as group:
-            results.send(json.dumps(_Rank(group, job).run()))
+            results.send(json.dumps(_Rank(group, job, results).run()))
             group.barrier("end")
     except SidpError as error:
         results.send(json.dumps({"error": f"rank {rank}: {error}"}))
@@ -111,14 +111,19 @@ def rank_main(rank: int, job: CalibrationJob, port: int, token: str, results: Co
 
 
 class _Rank:
-    def __init__(self, group: Group, job: CalibrationJob) -> None:
-        self.group, self.job, self.device = group, job, group.device
+    def __init__(self, group: Group, job: CalibrationJob, results: Connection) -> None:
+        self.group, self.job, self.device, self.results = group, job, group.device, results
         self.where = torch.device("cpu") if group.device is None else torch.device("cuda", group.device)
         self.meetings = 0
 
+    def _stage(self, words: str) -> None:
+        self.results.send(json.dumps({"stage": words}))
+
     def run(self) -> dict[str, Any]:
         with torch.no_grad():
+            self._stage("small copies and requests")
             found: dict[str, Any] = {"key": machine_profile.machine_key(self.device)} | self._small()
+            self._stage("a pool of layers")
             with self._replica(self.job.layers(), self.job.ops(), self._buckets(), None) as (pool, runtime):
                 found |= self._link(pool, runtime, found["copy_latency_us"]) | self._products(pool)
             mine = self._profile(found)
@@ -242,6 +247,7 @@ class _Rank:
 
     def _link(self, pool: WeightPool, runtime: Runtime, latency_us: float) -> dict[str, float]:
         """Steps that only stream; the latency is known from small copies."""
+        self._stage("the link")
         streamed = pool.placement.streamed_layers(self.group.rank)
         num_bytes = sum(pool.placement.layer_bytes(i) for i in streamed)
         seconds = self._seconds(self._stepper(runtime, WAS_SIZE, lambda: _fetch_all(pool, runtime)))
@@ -253,6 +259,7 @@ class _Rank:
         weights = [pool.layer_view(i) for i in pool.local_layers]
         layer_s = []
         for rows in self.job.rows:
+            self._stage(f"products of {rows} rows")
             x = self._rows(rows)
             every = self._plain(lambda x=x: [self._layer(w, x) for w in weights])  # type: ignore[misc]
             layer_s.append(self._seconds(every, rows) / len(weights))
@@ -284,8 +291,10 @@ class _Rank:
     def _check(self, profile: MachineProfile) -> list[dict[str, float]]:
         """Steps of each size in both modes, through the library, beside what the policy predicts of them."""
         found = []
+        self._stage("a pool with that profile")
         with self._replica(self.job.layers(), self.job.ops(), self._buckets(), profile) as (pool, runtime):
             for rows in self.job.check:
+                self._stage(f"steps of {rows} rows in both modes")
                 x = self._rows(rows)
 
                 def forward(mode: Mode, x: torch.Tensor = x) -> None:

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -101,8 +101,8 @@ def make_job(
     )
 
 
-def calibrate(job: CalibrationJob) -> Calibration:
-    """Starts the ranks and measures. ``DeadlineError`` or ``SidpError`` with a rank's words if one fails."""
+def calibrate(job: CalibrationJob, stage: Callable[[str], object] = lambda _: None) -> Calibration:
+    """Starts the ranks and measures; ``stage`` is told what begins. ``DeadlineError``, or ``SidpError`` of a rank."""
     from . import _torch
     from ._torch_calibration import rank_main
 
@@ -118,7 +118,7 @@ def calibrate(job: CalibrationJob) -> Calibration:
             process.start()
             theirs.close()
             ranks.append((process, mine))
-        found = _receive([mine for _, mine in ranks], 2 * job.deadline_ms)
+        found = _receive([mine for _, mine in ranks], 2 * job.deadline_ms, stage)
         for process, _ in ranks:
             process.join(30)
     finally:
@@ -143,25 +143,34 @@ def calibrate(job: CalibrationJob) -> Calibration:
     return Calibration(profile, document, tuple(steps), time.monotonic() - start)
 
 
-def _receive(pipes: Sequence[Connection], deadline_ms: int) -> list[dict[str, Any]]:
+def _receive(pipes: Sequence[Connection], deadline_ms: int, stage: Callable[[str], object]) -> list[dict[str, Any]]:
     """What each rank sends, by rank; the first error ends the wait, as the others would only wait for that rank."""
     found: dict[int, dict[str, Any]] = {}
+    at = ["its start"] * len(pipes)
     end = time.monotonic() + deadline_ms / 1000
     while len(found) < len(pipes):
         waiting = [rank for rank in range(len(pipes)) if rank not in found]
         ready = wait([pipes[rank] for rank in waiting], max(0.0, end - time.monotonic()))
         if not ready:
-            words = f"rank(s) {', '.join(map(str, waiting))} did not finish their calibration within {deadline_ms} ms"
+            where = ", ".join(f"rank {rank} ({at[rank]})" for rank in waiting)
+            words = f"{where} did not finish the calibration within {deadline_ms} ms"
             raise DeadlineError(words, peer=waiting[0], waited_ms=deadline_ms)
         for rank in waiting:
             if pipes[rank] not in ready:
                 continue
             try:
-                found[rank] = json.loads(pipes[rank].recv())
+                message = json.loads(pipes[rank].recv())
             except EOFError:
-                raise SidpError(f"rank {rank} ended without a result; what it printed says why", rank=rank) from None
-            if "error" in found[rank]:
-                raise SidpError(found[rank]["error"], rank=rank)
+                words = f"rank {rank} ended in {at[rank]}; what it printed says why"
+                raise SidpError(words, rank=rank) from None
+            if "error" in message:
+                raise SidpError(message["error"], rank=rank)
+            if "stage" not in message:
+                found[rank] = message
+                continue
+            at[rank] = message["stage"]
+            if rank == 0:
+                stage(message["stage"])
     return [found[rank] for rank in range(len(pipes))]
 
 
@@ -197,8 +206,9 @@ def run(
     if profile is not None:
         given = machine_profile.read(profile, None if backend == "host" else 0)
     job = make_job(backend=backend, model=model, num_layers=num_layers, check=sizes, profile=given)
-    found = calibrate(job)
     console = Console()
+    with console.status("starting") as status:
+        found = calibrate(job, lambda words: status.update(words))
     render(found, console)
     paths = [] if given is not None else store(found.document)
     if out is not None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import sidp_runtime as sidp
 from sidp_runtime import Mode, ModePolicy, calibration, cli, machine_profile
-from sidp_runtime.errors import ConfigError, SidpError, UnhelpfulWarning
+from sidp_runtime.errors import ConfigError, DeadlineError, SidpError, UnhelpfulWarning
 from sidp_runtime.planner import GpuProfile
 
 SMALL = replace(
@@ -31,7 +31,9 @@ SMALL = replace(
 def test_a_calibration_is_stored_read_and_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDP_CACHE_DIR", str(tmp_path))
     start = time.monotonic()
-    found = calibration.calibrate(SMALL)
+    stages: list[str] = []
+    found = calibration.calibrate(SMALL, stages.append)
+    assert (stages[0], stages[-1]) == ("small copies and requests", "steps of 8 rows in both modes")
     assert time.monotonic() - start < 60
     p = found.profile
     assert p.linear_times is not None
@@ -58,6 +60,13 @@ def test_a_calibration_is_stored_read_and_planned_with(tmp_path: Path, monkeypat
     key = json.loads(path.read_text())["machine"]
     assert key["processor"] in planned.sources[1]
     assert machine_profile.differences(key, machine_profile.machine_key(None)) == []
+
+
+def test_ranks_that_are_late_say_where_they_are() -> None:
+    with pytest.raises(
+        DeadlineError, match=r"rank 0 \(its start\), rank 1 \(its start\) did not finish .* within 2 ms"
+    ):
+        calibration.calibrate(replace(SMALL, deadline_ms=1))
 
 
 def test_a_rank_that_fails_ends_the_calibration_with_its_words() -> None:
