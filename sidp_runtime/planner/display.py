@@ -104,7 +104,7 @@ def _findings(plan: Plan) -> list[str]:
 
 
 def _unmeasured(plan: Plan) -> str:
-    return "" if plan.replicas == CAS_MEASURED_REPLICAS else f", not measured with {plan.replicas} replicas,"
+    return "" if plan.replicas <= CAS_MEASURED_REPLICAS else f", not measured with {plan.replicas} replicas,"
 
 
 def _against(plan: Plan, best: Scheme) -> str:

@@ -15,7 +15,7 @@ from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
 from .step_time import StepLoad, StepTimes, Streamed
 
-CAS_MEASURED_REPLICAS = 2  # with as many CaS may decide; with more it was not measured
+CAS_MEASURED_REPLICAS = 4  # with up to so many CaS may decide; with more it was not measured
 HIDDEN_WITHIN = 0.05  # a stream that lengthens the step by no more counts as hidden
 _LARGEST_STEP = 1 << 20  # tokens; a threshold beyond is none
 _LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
@@ -92,8 +92,8 @@ class Scheme:
 class Plan:
     """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the fastest.
 
-    With two replicas each residency is in its faster mode, with more in WaS. ``cas``: the fastest residency in CaS of
-    more than two replicas, which was not measured and decides nothing; else None.
+    With up to ``CAS_MEASURED_REPLICAS`` replicas each residency is in its faster mode, with more in WaS. ``cas``: the
+    fastest residency in CaS of more replicas, which was not measured and decides nothing; else None.
     """
 
     shape: ModelShape
@@ -154,7 +154,7 @@ class Planner:
         residency, cas = [self._sidp(workload, k) for k in residents], None
         if self.settings.max_rows:
             asking = [self._sidp(workload, k, cas=True) for k in residents]
-            if self.replicas == CAS_MEASURED_REPLICAS:
+            if self.replicas <= CAS_MEASURED_REPLICAS:
                 residency = [_fastest([streaming, asked]) for streaming, asked in zip(residency, asking, strict=True)]
             else:
                 cas = replace(found := _fastest(asking), name=f"{found.name} *")
@@ -282,9 +282,9 @@ class Planner:
                 )
         if cas is not None and cas.times is not None:
             found.append(
-                f"* CaS was measured with {CAS_MEASURED_REPLICAS} replicas, not with {self.replicas}, and decides "
-                f"nothing: {cas.times.cas_s * 1e3:.1f} ms a step of at most {self.settings.max_rows} rows, prompts in "
-                "chunks, if they too follow each other through the owners (--cas-rows 0 leaves it out)"
+                f"* CaS was measured with up to {CAS_MEASURED_REPLICAS} replicas, not with {self.replicas}, and "
+                f"decides nothing: {cas.times.cas_s * 1e3:.1f} ms a step of at most {self.settings.max_rows} rows, "
+                "prompts in chunks, if they too follow each other through the owners (--cas-rows 0 leaves it out)"
             )
         if best.mode == _C.Mode.CAS.name:
             found.append(

@@ -10,18 +10,19 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
-def medians(machine: str, case: str, metric: str, subject: str) -> dict[int, float]:
+def medians(machine: str, case: str, metric: str, subject: str, **parameters: Any) -> dict[int, float]:
     """Rows (or tokens) to the median of a figure; key 0 where it has no such parameter."""
-    return {of: figure["median"] for of, figure in measured(machine, case, metric, subject).items()}
+    return {of: figure["median"] for of, figure in measured(machine, case, metric, subject, **parameters).items()}
 
 
-def measured(machine: str, case: str, metric: str, subject: str) -> dict[int, dict[str, Any]]:
+def measured(machine: str, case: str, metric: str, subject: str, **parameters: Any) -> dict[int, dict[str, Any]]:
     """The same with the whole figure."""
     wanted = (case, metric, subject, "measured")
     found = {
         figure["parameters"].get("tokens", figure["parameters"].get("rows", 0)): figure
         for figure in figures(machine)
         if tuple(figure[key] for key in ("case", "metric", "subject", "status")) == wanted
+        and parameters.items() <= figure["parameters"].items()
     }
     assert found, f"{machine} has no {case}/{metric} of {subject}"
     return found
@@ -29,5 +30,6 @@ def measured(machine: str, case: str, metric: str, subject: str) -> dict[int, di
 
 @cache
 def figures(machine: str) -> list[dict[str, Any]]:
-    """All rows of the machine's whole run."""
-    return list(json.loads((RESULTS / machine / "bench.json").read_text(encoding="utf-8"))["figures"])
+    """All rows of the machine's whole runs."""
+    files = sorted((RESULTS / machine).glob("*.json"))
+    return [figure for file in files for figure in json.loads(file.read_text(encoding="utf-8"))["figures"]]
