@@ -1,8 +1,5 @@
 #include "link_gate.hpp"
 
-#include <pthread.h>
-#include <sys/prctl.h>
-
 #include "spin_or_nap.hpp"
 
 namespace sidp::nvshmem {
@@ -14,8 +11,7 @@ LinkGate::LinkGate(const std::shared_ptr<const Device>& device, LinkQueue queue,
       owners_(std::move(owners)),
       words_(device, static_cast<std::size_t>(Word::kNumWords), std::move(kept)),
       thread_([this] {
-        ::pthread_setname_np(::pthread_self(), "sidp-links");
-        ::prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; the default of 50 us would stretch every nap
+        name_and_sharpen("sidp-links");
         run();
       }) {}
 

@@ -1,7 +1,6 @@
 #include "stream_channel.hpp"
 
 #include <pthread.h>
-#include <sys/prctl.h>
 
 #include <algorithm>
 #include <string>
@@ -77,8 +76,7 @@ StreamChannel::~StreamChannel() { stop(); }
 
 void StreamChannel::start() {
   thread_ = std::thread([this] {
-    ::pthread_setname_np(::pthread_self(), "sidp-service");
-    ::prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; the default of 50 us would stretch every nap
+    name_and_sharpen("sidp-service");
     run();
   });
   watch_thread_ = std::thread([this] {
