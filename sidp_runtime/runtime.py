@@ -99,7 +99,7 @@ class Runtime:
     engines of their owners' GPUs, for which this process needs a context on each (276 MiB of an H200's memory);
     otherwise this GPU's reads them, which takes more of a link. Where a peer's engine cannot be had, a
     ``SlowCopyWarning`` says why. ``exclusive_links``, the same on all ranks: on GPUs, in groups of three or more, an
-    owner's link serves one reader at a time (csrc/DESIGN.md).
+    owner's link serves one reader at a time (csrc/DESIGN.md), as policy and planner expect.
     """
 
     def __init__(

@@ -21,8 +21,11 @@ void LinkQueue::ask(Rank owner) {
 bool LinkQueue::granted() {
   const auto holder = atomic(words_.holder(owner_));
   std::uint32_t seen = holder.load();
-  const auto now = Clock::now();
-  if (seen != seen_) since_ = now;
+  const auto now = now_();
+  if (seen != seen_) {
+    since_ = now;
+    checked_ = {};
+  }
   seen_ = seen;
   const auto passed = now - since_;
   if (seen == 0) {
@@ -30,9 +33,14 @@ bool LinkQueue::granted() {
     const std::uint32_t last = atomic(words_.last(owner_)).load();
     const Rank next = next_reader(last == 0 ? owner_ : static_cast<Rank>(last) - 1, world_size_,
                                   [&](Rank reader) { return atomic(words_.waits(owner_, reader)).load() != 0; });
-    if (next != rank_ && passed < grace_ + kLivenessCheck) return false;  // it takes the link, if it lives
-  } else if (passed < kLongestHold && (passed < kLivenessCheck || alive_(static_cast<Rank>(seen) - 1))) {
-    return false;
+    if (next != rank_) {
+      if (passed < grace_ + kLivenessCheck) return false;
+      if (!alive_(next)) atomic(words_.waits(owner_, next)).store(0);  // or all would wait for it each time
+    }
+  } else if (passed < kLongestHold) {
+    if (passed < checked_ + kLivenessCheck) return false;
+    checked_ = passed;
+    if (alive_(static_cast<Rank>(seen) - 1)) return false;
   }
   const bool was_held = seen != 0;
   if (!holder.compare_exchange_strong(seen, mine())) return false;
@@ -46,7 +54,7 @@ void LinkQueue::leave() {
   if (owner_ < 0) return;
   atomic(words_.waits(owner_, rank_)).store(0);
   if (atomic(words_.holder(owner_)).load() == mine()) {
-    grace_ = (Clock::now() - since_) / kLinkGraceShare;
+    grace_ = (now_() - since_) / kLinkGraceShare;
     atomic(words_.last(owner_)).store(mine());  // first: who finds the link free looks at it
     std::uint32_t held = mine();                // or it is taken away now
     atomic(words_.holder(owner_)).compare_exchange_strong(held, 0);

@@ -20,11 +20,17 @@ class LinkQueue {
     std::function<std::uint32_t*(Rank owner)> last;                // holder before, likewise
     std::function<std::uint32_t*(Rank owner, Rank reader)> waits;  // 1: this reader does
   };
-  static constexpr Milliseconds kLivenessCheck{2};
+  static constexpr Milliseconds kLivenessCheck{2};  // apart; also how long who comes next has to take a free link
   static constexpr Milliseconds kLongestHold{100};  // of 1 GB at 10 GB/s
 
-  LinkQueue(Rank rank, Rank world_size, Words words, std::function<bool(Rank)> alive)
-      : rank_(rank), world_size_(world_size), words_(std::move(words)), alive_(std::move(alive)) {}
+  // alive: the rank may still leave a link or take one.
+  LinkQueue(Rank rank, Rank world_size, Words words, std::function<bool(Rank)> alive,
+            std::function<Clock::time_point()> now = Clock::now)
+      : rank_(rank),
+        world_size_(world_size),
+        words_(std::move(words)),
+        alive_(std::move(alive)),
+        now_(std::move(now)) {}
 
   // For one owner's link at a time: asks, looks whether this reader may have it, and leaves it, granted or not.
   void ask(Rank owner);
@@ -40,9 +46,11 @@ class LinkQueue {
   Rank world_size_;
   Words words_;
   std::function<bool(Rank)> alive_;
+  std::function<Clock::time_point()> now_;
   Rank owner_ = -1;
   std::optional<std::uint32_t> seen_;  // holder
   Clock::time_point since_;            // it was that, or this reader has held the link
+  Clock::duration checked_{0};         // after that, whether the holder lives
   Clock::duration grace_{0};
   std::uint64_t taken_ = 0;
 };

@@ -53,7 +53,8 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
   pool_->check_unclaimed();
   // A rank without ops makes no mailbox and would leave the others waiting for it there.
   check_same_on_all_ranks(pool_->backend().bootstrap(), rank, "number of ops",
-                          std::to_string(ops.size()) + " (spin_rows " + std::to_string(options_.spin_rows) + ")");
+                          std::to_string(ops.size()) + " (spin_rows " + std::to_string(options_.spin_rows) +
+                              ", exclusive_links " + std::to_string(options_.lane.exclusive_links ? 1 : 0) + ")");
   if (!ops.empty()) {
     mailbox_ = std::make_unique<Mailbox>(*pool_, std::move(ops), options_.max_rows, options_.row_buckets);
     const ChannelOptions channel{options_.deadline, options_.service, options_.spin_rows};

@@ -17,8 +17,9 @@ from .engine import Engine
 class Links:
     """A reader asks before each copy and lets go after it. None is taken away.
 
-    A free link is left for a moment, 1 / ``LINK_GRACE_SHARE`` of the copy before: which of those that come together was
-    first says nothing, but replicas that move in step would keep that order for ever.
+    A free link is left for a moment, 1 / ``LINK_GRACE_SHARE`` of the copy before (in the runtime: of the reader's own
+    last one): which of those that come together was first says nothing, but replicas that move in step would keep that
+    order for ever.
     """
 
     def __init__(self, engine: Engine, world_size: int, exclusive: bool) -> None:

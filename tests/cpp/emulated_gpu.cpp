@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -79,6 +80,7 @@ class Emulation final : public EmulatedGpu {
   void fail_registration() override { look_up<void()>(nvshmem_, "emulator_fail_registration")(); }
   void misbehave(const std::string& how) override {
     if (how == "hide_peers") return ordinals_.clear();
+    if (how == "hide_one") return std::replace(ordinals_.begin(), ordinals_.end(), 1, -1);
     if (!how.empty()) look_up<void()>(cuda_, ("emulator_" + how).c_str())();
   }
   void hold_gets() override { look_up<void()>(nvshmem_, "emulator_hold_gets")(); }

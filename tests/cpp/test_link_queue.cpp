@@ -11,9 +11,12 @@
 
 #include "core/link_queue.hpp"
 #include "rank_group.hpp"
+#include "sidp/placement.hpp"
 
 namespace sidp::test {
 namespace {
+
+using ::testing::HasSubstr;
 
 struct Links {
   explicit Links(Rank ranks)
@@ -28,11 +31,21 @@ struct Links {
             {[this](Rank owner) { return &holder[static_cast<std::size_t>(owner)]; },
              [this](Rank owner) { return &last[static_cast<std::size_t>(owner)]; },
              [this](Rank owner, Rank reader) { return &waits[static_cast<std::size_t>(owner * world_size + reader)]; }},
-            [this](Rank reader) { return !dead[static_cast<std::size_t>(reader)]; }};
+            [this](Rank reader) {
+              ++looks;
+              return !dead[static_cast<std::size_t>(reader)];
+            },
+            clock};
   }
   Rank world_size;
   std::vector<std::uint32_t> holder, last, waits;
   std::vector<std::atomic<bool>> dead;
+  std::atomic<int> looks{0};  // at who lives
+  std::function<Clock::time_point()> clock = Clock::now;
+  Clock::time_point time;  // of tests that set it
+  void set_clock() {
+    clock = [this] { return time; };
+  }
 };
 
 TEST(LinkQueue, PassesTheLinkDownTheRanks) {
@@ -55,12 +68,14 @@ TEST(LinkQueue, PassesTheLinkDownTheRanks) {
 
 // Rank 1 left the link and would be followed by rank 3 at once, were it not for rank 0, which comes a moment later.
 TEST(LinkQueue, AFreeLinkIsLeftForAMoment) {
+  constexpr std::chrono::microseconds kGrace = Milliseconds(128) / kLinkGraceShare;
   Links links(4);
+  links.set_clock();
   LinkQueue first = links.queue(1), early = links.queue(3), late = links.queue(0);
-  for (LinkQueue* queue : {&early, &late}) {  // both have held a link for long, so their grace is some milliseconds
+  for (LinkQueue* queue : {&early, &late}) {
     queue->ask(1);
     ASSERT_TRUE(queue->granted());
-    std::this_thread::sleep_for(Milliseconds(400));
+    links.time += Milliseconds(128);
     queue->leave();
   }
   first.ask(2);
@@ -68,21 +83,41 @@ TEST(LinkQueue, AFreeLinkIsLeftForAMoment) {
   first.leave();
   early.ask(2);
   EXPECT_FALSE(early.granted());
+  links.time += kGrace / 2;
   late.ask(2);
   EXPECT_FALSE(late.granted());
-  std::this_thread::sleep_for(Milliseconds(4));
+  links.time += kGrace / 2;
   EXPECT_FALSE(early.granted()) << "it is the other's turn";
+  EXPECT_FALSE(late.granted()) << "for which the link has been free for less";
+  links.time += kGrace / 2;
+  EXPECT_FALSE(early.granted());
   EXPECT_TRUE(late.granted());
 }
 
+// Whoever died while it waited is waited for once.
 TEST(LinkQueue, AFreeLinkIsNotLeftToWhoNeverTakesIt) {
   Links links(4);
-  LinkQueue gone = links.queue(3), next = links.queue(2);
+  links.set_clock();
+  LinkQueue gone = links.queue(3), next = links.queue(2), other = links.queue(1);
   gone.ask(0);
   next.ask(0);
   EXPECT_FALSE(next.granted());
-  std::this_thread::sleep_for(LinkQueue::kLivenessCheck + Milliseconds(1));
+  links.time += LinkQueue::kLivenessCheck;
   EXPECT_TRUE(next.granted());
+  next.leave();
+  next.ask(0);
+  EXPECT_FALSE(next.granted()) << "it lives, perhaps";
+  links.dead[3] = true;
+  links.time += LinkQueue::kLivenessCheck;
+  EXPECT_TRUE(next.granted());
+  for (int i = 0; i < 3; ++i) {
+    next.leave();
+    other.ask(0);
+    EXPECT_TRUE(other.granted());
+    other.leave();
+    next.ask(0);
+    EXPECT_TRUE(next.granted());
+  }
 }
 
 TEST(LinkQueue, ReadersThatGoAroundAreNeverTogether) {
@@ -121,19 +156,22 @@ TEST(LinkQueue, TheLinkOfADeadHolderIsTakenSoonAndALongHeldOneLater) {
   for (const bool dies : {true, false}) {
     SCOPED_TRACE(dies);
     Links links(3);
+    links.set_clock();
     LinkQueue holder = links.queue(1), next = links.queue(2);
     holder.ask(0);
     ASSERT_TRUE(holder.granted());
     links.dead[1] = dies;
     next.ask(0);
-    const auto start = Clock::now();
     EXPECT_FALSE(next.granted());
-    while (!next.granted() && Clock::now() - start < Milliseconds(10000))
-      std::this_thread::sleep_for(std::chrono::microseconds(100));
-    const auto waited = Clock::now() - start;
-    EXPECT_GT(waited, LinkQueue::kLivenessCheck);
-    EXPECT_EQ(waited < LinkQueue::kLongestHold, dies);
+    const auto due = dies ? LinkQueue::kLivenessCheck : LinkQueue::kLongestHold;
+    for (auto waited = Milliseconds(1); waited < due; ++waited) {
+      links.time += Milliseconds(1);
+      for (int i = 0; i < 10; ++i) EXPECT_FALSE(next.granted()) << waited.count();
+    }
+    links.time += Milliseconds(1);
+    EXPECT_TRUE(next.granted());
     EXPECT_EQ(next.taken(), 1);
+    EXPECT_LE(links.looks, due / LinkQueue::kLivenessCheck) << "a look is a call of the system";
     holder.leave();  // it lived after all
     holder.ask(0);
     EXPECT_FALSE(holder.granted()) << "the link is the other's now";
@@ -170,26 +208,38 @@ int num_together(const std::vector<Copy>& copies) {
   return together;
 }
 
-// Whoever copies, the owners' engines or the own one.
+// Whoever copies: the owners' engines, the own one, or both by turns.
 TEST(ExclusiveLinks, ALinkServesOneReaderAtATime) {
   for (const std::string exclusive : {"1", "0"})
-    for (const std::string what : {"owners_engines=1", "owners_engines=0"}) {
-      SCOPED_TRACE("exclusive_links=" + exclusive + ", " + what);
+    for (const auto& [how, engines] :
+         {std::pair{"owners_engines=1", 2}, {"owners_engines=0", 0}, {"misbehave=hide_one", 1}}) {
+      SCOPED_TRACE("exclusive_links=" + exclusive + ", " + how);
       RankGroup group(3, {"backend=nvshmem", "mode=was", "no_ops=1", "max_rows=5", "layers=9", "steps=4", "trace=4000",
-                          "lane_delay_us=1000", "linger=1", "exclusive_links=" + exclusive, what});
+                          "lane_delay_us=1000", "linger=1", "exclusive_links=" + exclusive, how});
       group.start_all();
       for (Rank rank = 0; rank < 3; ++rank) group.wait_for_mark(rank, "waiting");
       group.set_mark("stop");
       const std::vector<Copy> copies = copies_of(group, 3);
       EXPECT_GT(copies.size(), 40U);
-      if (exclusive == "1")
-        EXPECT_EQ(num_together(copies), 0);
-      else
-        EXPECT_GT(num_together(copies), 0);
-      for (Rank rank = 0; rank < 3; ++rank)
-        EXPECT_EQ(group.result(rank)["exclusive_links"], exclusive)
-            << "links are taken only where a thread was stopped";
+      EXPECT_EQ(num_together(copies) == 0, exclusive == "1");
+      for (Rank rank = 0; rank < 3; ++rank) {
+        EXPECT_EQ(group.result(rank)["exclusive_links"], exclusive);
+        EXPECT_EQ(number(group.result(rank), "owners_engines"), engines);
+        EXPECT_EQ(number(group.result(rank), "links_taken"), 0) << "a thread was stopped for long";
+      }
     }
+}
+
+// Calls of a trace keep an order that others need not.
+TEST(ExclusiveLinks, CopiesOfBothEnginesKeepTheirOrder) {
+  for (const std::string slots : {"2", "3", "4"}) {
+    SCOPED_TRACE(slots + " slots");
+    RankGroup group(3, {"backend=nvshmem", "mode=was", "no_ops=1", "layers=12", "steps=40", "lane_delay_us=300",
+                        "misbehave=hide_one", "slots=" + slots});
+    group.start_all();
+    for (Rank rank = 0; rank < 3; ++rank)
+      EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
+  }
 }
 
 TEST(ExclusiveLinks, GraphsAreReplayedBetweenEagerAndBrokenSteps) {
@@ -200,6 +250,16 @@ TEST(ExclusiveLinks, GraphsAreReplayedBetweenEagerAndBrokenSteps) {
   for (Rank rank = 0; rank < 3; ++rank) {
     EXPECT_EQ(group.wait(rank), 0) << group.log(rank) << group.result(rank)["message"];
     EXPECT_EQ(number(group.result(rank), "exclusive_links"), 1);
+  }
+}
+
+TEST(ExclusiveLinks, AllRanksHaveThemOrNone) {
+  RankGroup group(3, {"backend=nvshmem", "mode=was", "no_ops=1", "setup_deadline_ms=4000"});
+  for (Rank rank = 0; rank < 3; ++rank) group.start(rank, {"exclusive_links=" + std::to_string(rank == 1 ? 0 : 1)});
+  for (Rank rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(group.wait(rank), 3) << group.log(rank);
+    EXPECT_EQ(group.result(rank)["error"], "ManifestMismatchError");
+    EXPECT_THAT(group.result(rank)["message"], HasSubstr("exclusive_links"));
   }
 }
 

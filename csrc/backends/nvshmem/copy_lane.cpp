@@ -154,7 +154,12 @@ void CopyLane::queue_next(std::uint64_t by_event) {
     slot.pass = pass_;
     const Tracer::Session session = tracer_.session();
     const TraceSpan queueing(tracer_, session, {.kind = TraceEvent::Kind::kQueueCopy, .layer = copy.layer});
-    queue(copy, flag(program_[next_].flag), slot, session);
+    try {
+      queue(copy, flag(program_[next_].flag), slot, session);
+    } catch (...) {  // it may have entered a link and never leave it
+      if (gate_) gate_->stop();
+      throw;
+    }
     slot.copied = true;
     slot.number.store(queued_);
     next_ = (next_ + 3) % program_.size();
@@ -167,7 +172,8 @@ void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::S
   const Device& device = engine != nullptr ? engine->device() : device_;
   const Marks& marks = slot.marks.at(&device);
   CUstream const on = engine != nullptr ? engine->stream().get() : stream_.get();
-  CUstream const signals = engine != nullptr ? signals_->get() : stream_.get();
+  // One for all of a lane, whoever copies: there the copy before has been timed, has left its link and set its flag.
+  CUstream const signals = signals_ ? signals_->get() : stream_.get();
   if (!slot.used_by_event) {
     if (signals_) wait_for(slot.flag_set.get(), stream_.get());  // or the flag could still be empty from before
     device_.check(device_.api().cuStreamWaitValue32(stream_.get(), flag, kEmpty, CU_STREAM_WAIT_VALUE_EQ),
@@ -226,7 +232,7 @@ void CopyLane::queue(const LaneOp& copy, CUdeviceptr flag, Slot& slot, Tracer::S
   last_on_ = on;
   last_full_ = full;
   if (slot.flagged) {
-    if (signals != on && session == 0) wait_for(full, signals);
+    if (signals != on && session == 0 && !gate_) wait_for(full, signals);
     signal(signals, flag);
     full = slot.flag_set.get();  // or who waits by the event could empty the flag before it is set
     record(full, signals);
@@ -243,7 +249,7 @@ void CopyLane::enter_link(CUstream on, CUstream signals, Slot& slot) {
   if (!gate_) return;
   {
     const CurrentContext scope(device_);
-    if (signals != on) wait_for(slot.used.get(), signals);  // the copy before has left its link on this stream
+    if (signals != on) wait_for(slot.used.get(), signals);
     gate_->enter(signals, queued_ + 1);
     if (signals == on) return;
     record(slot.entered.get(), signals);

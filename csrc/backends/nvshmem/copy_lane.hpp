@@ -130,8 +130,7 @@ class CopyLane final : public Lane {
   DeviceStream stream_;                                // of waits for flags, and of copies by the own engine
   std::vector<std::unique_ptr<OwnerEngine>> engines_;  // by rank, or null
   std::string why_read_;
-  std::optional<DeviceStream>
-      signals_;  // of copies by owners' engines: what sets their flags, and times them for a trace
+  std::optional<DeviceStream> signals_;  // with owners' engines: what sets all flags, and times copies for a trace
   std::optional<LinkGate> gate_;
   CUstream last_on_ = nullptr;  // of the copy that was queued last:
   CUevent last_full_ = nullptr;

@@ -4,6 +4,12 @@
 
 namespace sidp::nvshmem {
 
+namespace {
+
+constexpr std::chrono::seconds kLongIdle{1};
+
+}  // namespace
+
 LinkGate::LinkGate(const std::shared_ptr<const Device>& device, LinkQueue queue, std::vector<Rank> owners,
                    std::shared_ptr<const bool> kept)
     : device_(*device),
@@ -39,6 +45,7 @@ void LinkGate::run() {
   std::uint32_t number = 1;
   std::size_t copy = 0;
   auto since = Clock::now();
+  Clock::duration hold{0};  // the last one
   while (!stop_.load(std::memory_order_relaxed)) {
     const auto now = Clock::now();
     if (state == State::kIdle && reached(Word::kAsks, number)) {
@@ -57,12 +64,18 @@ void LinkGate::run() {
     if (state == State::kHolds && reached(Word::kLeft, number)) {
       queue_.leave();
       state = State::kIdle;
+      hold = now - since;
       ++number;
       copy = (copy + 1) % owners_.size();
       since = now;
       continue;  // the next copy has often asked already
     }
-    spin_or_nap(now - since);
+    if (state == State::kIdle && now - since > kLongIdle)
+      std::this_thread::sleep_for(10 * kNap);
+    else if (state == State::kHolds && now - since + 5 * kNap < hold)  // the copy takes about as long as the last one
+      std::this_thread::sleep_for(kNap);
+    else
+      spin_or_nap(now - since);
   }
   queue_.leave();
 }

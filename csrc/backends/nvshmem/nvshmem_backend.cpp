@@ -190,7 +190,9 @@ std::unique_ptr<LocalBuffer> NvshmemBackend::allocate_local(ByteCount bytes, con
 
 std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, const LaneOptions& options) {
   std::optional<LinkQueue> queue;
-  if (options.exclusive_links && options_.world_size >= kLeastReaders + 1) {
+  const bool has_links =
+      std::any_of(options_.gpus.begin(), options_.gpus.end(), [this](int gpu) { return gpu != options_.device; });
+  if (options.exclusive_links && has_links && options_.world_size >= kLeastReaders + 1) {
     const LinkQueue::Words words{
         .holder = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kHolderWord}); },
         .last = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kLastWord}); },
@@ -199,7 +201,9 @@ std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, con
               return host_.flag_word({owner, num_flags_ + kWordsOfRank + static_cast<std::uint32_t>(reader)});
             },
     };
-    queue.emplace(options_.rank, options_.world_size, words, [this](Rank rank) { return alive(rank); });
+    // A rank that leaves in order still copies what it has queued.
+    queue.emplace(options_.rank, options_.world_size, words,
+                  [this](Rank rank) { return alive(rank) || left(rank).load() != 0; });
   }
   return std::make_unique<CopyLane>(device_, nvshmem_, flag({options_.rank, 0}), kFlagStride, options_.gpus,
                                     std::move(program), options, std::move(queue), tracer(), in_use_);
