@@ -241,8 +241,8 @@ def test_the_scaling_run_doubles_its_ranks(tmp_path: Path) -> None:
     report = Report.read(tmp_path / "scale.json")
     assert report.failures == []
     rows = {figure.key: figure for figure in report.figures}
-    measured = rows["scale_steps/step/sidp_was_staggered ranks=2 tokens=8"]
-    predicted = rows["scale_steps/simulated/was_staggered ranks=2 tokens=8"]
+    measured = rows["scale_steps/step/sidp_was_staggered ranks=2 slots=2 tokens=8"]
+    predicted = rows["scale_steps/simulated/sidp_was_staggered ranks=2 slots=2 tokens=8"]
     assert min(*measured.samples, *predicted.samples) > 0
 
 
