@@ -176,7 +176,9 @@ def threads_of(context: RankContext) -> list[list[str]]:
 
     with open_replica(context) as replica:
         replica.step()
-        running = names()
+        end = time.monotonic() + 10
+        while len(running := names()) < 2 and time.monotonic() < end:  # a thread names itself, once it is let run
+            time.sleep(0.001)
         context.meet("looked")
     return [running, names()]
 
