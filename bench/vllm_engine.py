@@ -41,6 +41,7 @@ def serve(link: Any, settings: dict[str, Any]) -> None:
         tokens = [len(output.outputs[0].token_ids) for output in outputs]
         link.send(("ok", {"start": start, "end": end, "tokens": tokens, **counted}))
     if pooled:
+        print(json.dumps(llm.collective_rpc("sidp_stats")[0], default=str), flush=True)  # the log tells why
         llm.collective_rpc("sidp_close")
     link.send(("ok", None))
 

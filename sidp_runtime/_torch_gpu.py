@@ -53,6 +53,25 @@ def free_bytes(device: int) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+class Taken:
+    """Bytes that went from a GPU beside torch's allocator, part by part; those of other processes there count too."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._before = self._outside()
+        self.by_part: dict[str, int] = {}
+
+    def mark(self, part: str) -> None:
+        """What went since the last mark was for ``part``."""
+        now = self._outside()
+        self.by_part[part] = self.by_part.get(part, 0) + now - self._before
+        self._before = now
+
+    def _outside(self) -> int:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return int(total - free - torch.cuda.memory_reserved(self._device))
+
+
 def nvtx_calls() -> tuple[Callable[[str], object], Callable[[], object]]:
     """torch's calls that open and close an NVTX range; ``UnsupportedError`` from a torch without CUDA."""
     try:

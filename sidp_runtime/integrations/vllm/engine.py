@@ -22,6 +22,7 @@ class Engine:
     runtime: Runtime
     state: StepState
     load: dict[str, Any]
+    gpu_bytes_taken: dict[str, int]
     budgets_asked: int = 0
 
     def describe(self) -> str:
@@ -31,11 +32,12 @@ class Engine:
             f"rank {self.settings.rank} of {self.settings.world_size}, mode {self.settings.pool.mode}: "
             f"{memory['owned_bytes']} bytes owned, {memory['ring_bytes']} of ring, {memory['pool_resident_bytes']} "
             f"resident, of {memory['pooled_bytes']} pooled; read {self.load['bytes_read']} of "
-            f"{self.load['checkpoint_bytes']} bytes in {self.load['seconds']:.1f} s"
+            f"{self.load['checkpoint_bytes']} bytes in {self.load['seconds']:.1f} s; of the GPU beside torch's own: "
+            + (", ".join(f"{part} {count}" for part, count in self.gpu_bytes_taken.items()) or "nothing")
         )
 
     def memory(self) -> dict[str, int]:
-        """Bytes, computed, and on the host as the kernel counts them."""
+        """Bytes, computed; on the host also as the kernel counts them, on a GPU what set-up took beside torch's own."""
         placement, rank = self.pool.placement, self.group.rank
         return {
             **(self.pool.memory_report() if self.group.device is None else {}),
@@ -43,6 +45,7 @@ class Engine:
             "owned_bytes": placement.pool_bytes(rank),
             "pool_resident_bytes": placement.resident_bytes,
             "ring_bytes": placement.ring_bytes(rank),
+            **{f"gpu_{part}_bytes": count for part, count in self.gpu_bytes_taken.items()},
         }
 
     def stats(self) -> dict[str, Any]:

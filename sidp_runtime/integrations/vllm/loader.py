@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.offloader.base import set_offloader
 
-from ... import Group, LayerSpec, Mode, ModePolicy, Op, Placement, Runtime, WeightPool, _torch
+from ... import Group, LayerSpec, Mode, ModePolicy, Op, Placement, Runtime, WeightPool, _torch, _torch_gpu
 from ... import config as environment
 from ...errors import UnsupportedError, UsageError
 from . import compat, settings, weights
@@ -77,9 +77,12 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         compat.check_worker(vllm_config)
         compat.split_graphs_at(vllm_config, OPERATORS)
         settings.key_graphs(vllm_config, chosen.pool)
+        taken = _torch_gpu.Taken(torch.cuda.current_device()) if on_gpu else None
         group = _join(chosen)
+        if taken is not None:
+            taken.mark("group")
         num_layers = int(model_config.hf_text_config.num_hidden_layers)
-        self._offloader = offloader = PoolOffloader(num_layers, functools.partial(_make_pool, group, chosen))
+        self._offloader = offloader = PoolOffloader(num_layers, functools.partial(_make_pool, group, chosen, taken))
         set_offloader(offloader)  # after the runner set its own, before any layer is built
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
@@ -87,8 +90,13 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             assert pool is not None  # load_weights has looked
             check_places(offloader.blocks, pool)
             pool.publish()
+            if taken is not None:
+                taken.mark("model")
             with torch.no_grad():
                 runtime = _make_runtime(pool, chosen, offloader.blocks, compat.captured_rows(vllm_config))
+            if taken is not None:
+                group.barrier("vllm/made")  # so that the peers' share of this GPU is counted
+                taken.mark("runtime")
         except BaseException:
             if offloader.pool is not None and group.device is None:
                 offloader.pool.close()
@@ -98,7 +106,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
         install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
-        engine = Engine(chosen, group, pool, runtime, state, self._load)
+        engine = Engine(chosen, group, pool, runtime, state, self._load, taken.by_part if taken is not None else {})
         set_engine(engine)
         logger.info("sidp: %s", engine.describe())
         return model
@@ -121,14 +129,21 @@ def _join(chosen: settings.Settings) -> Group:
     )
 
 
-def _make_pool(group: Group, chosen: settings.Settings, layers: Sequence[LayerSpec]) -> WeightPool:
+def _make_pool(
+    group: Group, chosen: settings.Settings, taken: _torch_gpu.Taken | None, layers: Sequence[LayerSpec]
+) -> WeightPool:
     placement = Placement.by_layer(
         [layer.num_bytes for layer in layers],
         group.world_size,
         ring_slots=chosen.pool.ring_slots,
         resident_layers=list(chosen.pool.resident_layers),
     )
-    return WeightPool(group, layers, placement)
+    if taken is not None:
+        taken.mark("model")
+    pool = WeightPool(group, layers, placement)
+    if taken is not None:
+        taken.mark("pool")
+    return pool
 
 
 def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:

@@ -87,10 +87,10 @@ class StepState:
         if self._is_cas == self._local[layer]:
             self.runtime.release_layer(layer)
 
-    def compute(self, layer: int, op: str, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, layer: int, op: str, x: torch.Tensor, *, borrow: bool = False) -> torch.Tensor:
         if not self._is_cas or self._local[layer]:
             return self.computes[layer, op](x)
-        result = self.runtime.remote_compute(layer, op, x)
+        result = self.runtime.remote_compute(layer, op, x, borrow=borrow)
         assert isinstance(result, torch.Tensor)
         return result
 
@@ -120,7 +120,7 @@ def _release(y: torch.Tensor, layer: int) -> None:
 
 
 def _compute(x: torch.Tensor, out: torch.Tensor, layer: int, op: str) -> None:
-    out.copy_(state().compute(layer, op, x))
+    out.copy_(state().compute(layer, op, x, borrow=True))
 
 
 def compute(x: torch.Tensor, layer: int, op: str, out_features: int) -> torch.Tensor:
