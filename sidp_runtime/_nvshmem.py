@@ -68,7 +68,7 @@ def initialise(group: Group, device: int | None) -> tuple[int, list[str], list[i
         raise UnsupportedError(f"backend 'nvshmem': {reason}", rank=group.rank)
     if _failed:
         raise DeviceError(f"NVSHMEM failed in this process before: {_failed}; start a new one", rank=group.rank)
-    config.check_nvshmem()
+    config.prepare_nvshmem()
     device = _torch_gpu.use_device(device)
     job = (group.rank, group.world_size, device)
     devices = _C.cuda_report()["devices"]

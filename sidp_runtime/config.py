@@ -49,6 +49,7 @@ _TABLE = (
     Setting("VLLM_LOGGING_LEVEL", "least level of vLLM's log (vLLM reads it)", "level", "ERROR"),
     Setting("SIDP_BENCH_COMMIT", "the commit of a benchmark's copy without its git history", "hexadecimal", None),
     Setting("NVSHMEM_DISABLE_NVLS", "1: NVSHMEM uses no NVLink multicast (NVSHMEM reads it)", "switch", "0"),
+    Setting("NVSHMEM_DISABLE_NCCL", "1: NVSHMEM makes no NCCL communicators (NVSHMEM reads it)", "switch", "1"),
 )
 
 #: The table by variable name, in reading order.
@@ -197,11 +198,17 @@ def bench_commit() -> str | None:
     return text
 
 
-def check_nvshmem() -> None:
-    """NVSHMEM takes its settings from the environment: a bad ``NVSHMEM_DISABLE_NVLS`` is a ``ConfigError`` here."""
-    value = nvshmem_disable_nvls()
-    if value is not None and value not in ("0", "1"):
-        raise ConfigError(f"environment variable NVSHMEM_DISABLE_NVLS={value!r} is neither 0 nor 1")
+def prepare_nvshmem() -> None:
+    """Sets what NVSHMEM reads at its start. A switch of its that is neither 0 nor 1 is a ``ConfigError``.
+
+    For its collectives, which the pool has no use for, NVSHMEM makes an NCCL communicator for each of its teams where
+    torch has loaded NCCL: 1.6 GiB of each of two H200.
+    """
+    os.environ.setdefault("NVSHMEM_DISABLE_NCCL", SETTINGS["NVSHMEM_DISABLE_NCCL"].default or "")
+    for name in ("NVSHMEM_DISABLE_NVLS", "NVSHMEM_DISABLE_NCCL"):
+        value = os.environ.get(name)
+        if value is not None and value not in ("0", "1"):
+            raise ConfigError(f"environment variable {name}={value!r} is neither 0 nor 1")
 
 
 def nvshmem_disable_nvls() -> str | None:

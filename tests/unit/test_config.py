@@ -98,6 +98,20 @@ def test_reported_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.nvshmem_disable_nvls() == "1"
 
 
+def test_nvshmem_makes_no_nccl_communicators_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("NVSHMEM_DISABLE_NCCL", raising=False)
+        if given is not None:
+            monkeypatch.setenv("NVSHMEM_DISABLE_NCCL", given)
+        config.prepare_nvshmem()
+        assert os.environ["NVSHMEM_DISABLE_NCCL"] == expected
+    for name in ("NVSHMEM_DISABLE_NVLS", "NVSHMEM_DISABLE_NCCL"):
+        monkeypatch.setenv(name, "yes")
+        with pytest.raises(ConfigError, match=f"{name}='yes' is neither 0 nor 1"):
+            config.prepare_nvshmem()
+        monkeypatch.setenv(name, "0")
+
+
 def test_an_engines_own_gpu_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for visible, rank, world_size, expected in ((None, 1, 3, "1,2,0"), ("4,6", 1, 2, "6,4"), ("5,6,7", 0, 2, "5,6,7")):
         if visible is None:
