@@ -35,7 +35,7 @@ bool LinkQueue::granted() {
                                   [&](Rank reader) { return atomic(words_.waits(owner_, reader)).load() != 0; });
     if (next != rank_) {
       if (passed < grace_ + kLivenessCheck) return false;
-      if (!alive_(next)) atomic(words_.waits(owner_, next)).store(0);  // or all would wait for it each time
+      if (next >= 0 && !alive_(next)) atomic(words_.waits(owner_, next)).store(0);  // or all wait for it each time
     }
   } else if (passed < kLongestHold) {
     if (passed < checked_ + kLivenessCheck) return false;

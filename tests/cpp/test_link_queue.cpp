@@ -120,6 +120,19 @@ TEST(LinkQueue, AFreeLinkIsNotLeftToWhoNeverTakesIt) {
   }
 }
 
+// Another took this rank for dead, and nobody else waits: it asks after nobody, and enters all the same.
+TEST(LinkQueue, WhoWasTakenForDeadStillEnters) {
+  Links links(3);
+  links.set_clock();
+  LinkQueue queue = links.queue(1);
+  queue.ask(0);
+  links.waits[1] = 0;
+  EXPECT_FALSE(queue.granted());
+  links.time += LinkQueue::kLivenessCheck;
+  EXPECT_TRUE(queue.granted());
+  EXPECT_EQ(links.looks, 0);
+}
+
 TEST(LinkQueue, ReadersThatGoAroundAreNeverTogether) {
   constexpr Rank kRanks = 4;
   constexpr int kRounds = 2000;

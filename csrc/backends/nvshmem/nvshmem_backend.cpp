@@ -19,7 +19,7 @@ constexpr ByteCount kFlagStride = 128;  // a line of a GPU's cache each; also ro
 static_assert(kFlagStride >= Kernels::kMaxBlocks * sizeof(std::uint32_t));
 // Words of a rank's control segment after its flags; then one for each reader that waits for its link.
 constexpr std::uint32_t kLeftWord = 0, kHolderWord = 1, kLastWord = 2, kWordsOfRank = 3;
-constexpr Rank kLeastReaders = 2;                             // of an owner, for its link to need a queue
+constexpr Rank kLeastRanks = 3;                               // with two an owner has one reader: no queue
 constexpr ByteCount kHeapGranularity = ByteCount{512} << 20;  // NVSHMEM grows its heap by multiples of this
 
 class NvshmemBuffer final : public SymmetricBuffer {
@@ -192,7 +192,7 @@ std::unique_ptr<Lane> NvshmemBackend::make_lane(std::vector<LaneOp> program, con
   std::optional<LinkQueue> queue;
   const bool has_links =
       std::any_of(options_.gpus.begin(), options_.gpus.end(), [this](int gpu) { return gpu != options_.device; });
-  if (options.exclusive_links && has_links && options_.world_size >= kLeastReaders + 1) {
+  if (options.exclusive_links && has_links && options_.world_size >= kLeastRanks) {
     const LinkQueue::Words words{
         .holder = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kHolderWord}); },
         .last = [this](Rank owner) { return host_.flag_word({owner, num_flags_ + kLastWord}); },
