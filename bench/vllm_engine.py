@@ -65,7 +65,7 @@ def _start(settings: dict[str, Any], pooled: bool) -> Any:
             own={"token": settings["token"]},
             **settings["pool"],
         )
-        graphs = {**arguments.get("compilation_config", {}), **pool.pop("compilation_config", {})}
+        graphs = {**pool.pop("compilation_config", {}), **arguments.get("compilation_config", {})}
         arguments |= {**pool, **({"compilation_config": graphs} if graphs else {})}
     shown = {name: value for name, value in arguments.items() if name != "model_loader_extra_config"}  # has a secret
     print(f"vllm.LLM(model={settings['model']!r}, {json.dumps(shown)})", flush=True)

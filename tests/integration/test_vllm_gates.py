@@ -104,13 +104,43 @@ def test_settings_that_a_pool_cannot_serve(part: str, name: str, value: Any, wor
 
 
 @pytest.mark.parametrize("name", ["FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
-def test_full_cuda_graphs_are_refused(name: str) -> None:
+def test_full_cuda_graphs_need_the_first_model_runner(name: str) -> None:
     from vllm.config import CUDAGraphMode
 
     given = plain_settings()
     given.compilation_config.cudagraph_mode = CUDAGraphMode[name]
-    with pytest.raises(UnsupportedError, match="'cudagraph_mode': 'PIECEWISE'"):
+    given.use_v2_model_runner = False
+    compat.check_settings(given)
+    given.use_v2_model_runner = True
+    with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         compat.check_settings(given)
+
+
+def test_vllm_says_which_whole_graph_is_next() -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, set_forward_context
+
+    assert compat.whole_graph() is None
+    descriptor = BatchDescriptor(num_tokens=8)
+    for mode, expected in ((CUDAGraphMode.FULL, descriptor), (CUDAGraphMode.PIECEWISE, None)):
+        given = vllm.config.VllmConfig()
+        with set_forward_context(None, given, cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
+            assert compat.whole_graph() == expected
+
+
+def test_the_logits_of_a_step_end_it() -> None:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    calls: list[str] = []
+    model = torch.nn.Module()
+    with pytest.raises(UnsupportedError, match="no LogitsProcessor"):
+        compat.when_launched(model, lambda: calls.append("launched"))
+    with vllm.config.set_current_vllm_config(vllm.config.VllmConfig()):
+        model.add_module("logits_processor", LogitsProcessor(8))
+    compat.when_launched(model, lambda: calls.append("launched"))
+    with pytest.raises(AttributeError):  # the head is none; what matters was before
+        model.logits_processor(None, torch.zeros(1, 8))
+    assert calls == ["launched"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.download_model", ("self", "model_config")),
     ("vllm.model_executor.offloader.base", "set_offloader", ("instance",)),
     ("vllm.model_executor.offloader.base", "BaseOffloader.wrap_modules", ("self", "modules_generator")),
+    ("vllm.model_executor.offloader.base", "BaseOffloader.sync_prev_onload", ("self",)),
     ("vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
@@ -98,15 +99,47 @@ def check_settings(vllm_config: Any) -> None:
             "compilation mode 1 (STOCK_TORCH_COMPILE): a step could not begin outside the graph; use 0 or 3",
         ),
         (
-            # vLLM tells an offloader that a graph is next, but not whether to capture or to replay it, nor which.
-            vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
-            "full CUDA graphs: a step could not begin outside the graph; give "
-            "compilation_config={'cudagraph_mode': 'PIECEWISE'} or 'NONE'",
+            # That runner launches a graph without a forward context, which says what graph it is.
+            vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs() and _has_second_runner(vllm_config),
+            "full CUDA graphs of vLLM's second model runner: a step could not begin outside the graph; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or give compilation_config={'cudagraph_mode': 'PIECEWISE'} or 'NONE'",
         ),
     )
     for refused, words in refusals:
         if refused:
             raise UnsupportedError(f"load_format='sidp' does not work with {words}")
+
+
+def _has_second_runner(vllm_config: Any) -> bool:
+    import vllm.envs
+
+    chosen = getattr(vllm_config, "use_v2_model_runner", None)
+    return bool(vllm.envs.VLLM_USE_V2_MODEL_RUNNER if chosen is None else chosen)
+
+
+def whole_graph() -> Any:
+    """What vLLM tells the CUDA graphs of whole steps apart by, if one is to be captured or launched now; else None."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not is_forward_context_available():
+        return None
+    context = get_forward_context()
+    return context.batch_descriptor if context.cudagraph_runtime_mode == CUDAGraphMode.FULL else None
+
+
+def when_launched(model: Any, call: Callable[[], None]) -> None:
+    """Calls after each call of the model, however it ran, and before its results are waited for: when logits are.
+
+    ``UnsupportedError`` for a model without vLLM's logits processor.
+    """
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    found = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    if not found:
+        raise UnsupportedError(f"{type(model).__name__} has no LogitsProcessor, which full CUDA graphs need")
+    for module in found:
+        module.register_forward_pre_hook(lambda module, args: call())
 
 
 def check_backend(backend: str) -> None:

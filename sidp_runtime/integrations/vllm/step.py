@@ -13,10 +13,13 @@ import torch
 
 from ... import Mode, Runtime
 from ..._C import StepKind
-from ...errors import UsageError
+from ...errors import ConfigError, UnsupportedError, UsageError
 from ...runtime import Step
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
+
+#: What tells one CUDA graph of a whole step from another: tokens, and what else vLLM tells them apart by.
+GraphKey = tuple[int, object]
 
 #: Names by which vLLM splits its graphs.
 OPERATORS = ("sidp::vllm_fetch", "sidp::vllm_release", "sidp::vllm_compute")
@@ -26,8 +29,12 @@ class StepState:
     """An engine's steps. One thread at a time, vLLM's worker.
 
     ``warming_up``: at first every step is WaS, and neither counted nor timed: it compiles, or measures memory.
-    ``first_is_was``: so is each size's first one after that. What an engine does then for the first time (a kernel
-    loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
+    ``first_is_was``: on a GPU so is each size's first one after that. What an engine does then for the first time (a
+    kernel loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
+
+    A step that vLLM captures as one CUDA graph keeps its mode: the configured one, or what the policy predicts. vLLM
+    launches it without a call of the model: ``graph_next`` and ``graph_launched`` stand around the launch. Around a
+    graph's first one the host waits for the stream, for the same reason.
     """
 
     def __init__(
@@ -47,19 +54,34 @@ class StepState:
         self._max_rows = max_rows
         self._in_step = False
         self._is_cas = False
+        self._on_gpu = first_is_was
         self._untried = set(range(1, max_rows + 1)) if first_is_was else set()
+        self._graphs: dict[GraphKey, Mode] = {}  # of whole steps
+        self._launched_before: set[GraphKey] = set()
+        self._capturing: GraphKey | None = None
+        self._launching: GraphKey | None = None
 
     def pin(self, mode: Mode | None) -> None:
-        """From the next step on this mode where a step may have it, or again as configured (None)."""
+        """From the next step on this mode where a step may have it, or again as configured (None).
+
+        ``ConfigError`` where steps are captured as a whole, as their mode is.
+        """
+        if mode is not None and self._graphs:
+            raise ConfigError(
+                f"{len(self._graphs)} full CUDA graphs keep the mode they were captured in: give the engine "
+                "cudagraph_mode 'PIECEWISE' or 'NONE', or another mode when it starts"
+            )
         self.pinned = self._configured if mode is None else mode
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
-    def begin(self, rows: int) -> None:
-        """Before vLLM calls the model."""
-        if self._in_step:  # that call of the model raised
-            self._in_step = False
-            self.runtime.end_step(broken_off=True)
+    def begin(self, rows: int, graph: object = None) -> None:
+        """Before vLLM calls the model. ``graph``: what vLLM tells its graphs apart by, for a capture."""
+        self._break_off()
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            self._begin_capture(rows, graph)
+            return
+        self.graph_launched()
         mode = self.pinned
         first = rows in self._untried and not self.warming_up
         if first and mode != Mode.WAS:
@@ -71,10 +93,59 @@ class StepState:
         step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
         self._in_step, self._is_cas = True, step.mode == Mode.CAS
 
+    def _break_off(self) -> None:
+        if self._in_step:  # that call of the model raised
+            self._in_step, self._capturing = False, None
+            self.runtime.end_step(broken_off=True)
+
     def end(self) -> None:
         """After it."""
         self._in_step = False
-        self.runtime.end_step(broken_off=self.warming_up)
+        key, self._capturing = self._capturing, None
+        self.runtime.end_step(broken_off=self.warming_up and key is None)
+        if key is not None:
+            self._graphs[key] = Mode.CAS if self._is_cas else Mode.WAS
+
+    # --- Steps in one CUDA graph --------------------------------------------------------------------------------------
+
+    def _begin_capture(self, rows: int, graph: object) -> None:
+        key = rows, graph
+        if self._launching is not None or key in self._graphs:
+            raise UnsupportedError(f"vLLM captures its CUDA graph of {rows} tokens a second time, which it never did")
+        mode = self.pinned if self.pinned is not None else self.runtime.predicted_modes([rows])[rows]
+        if rows > self._max_rows or not self.computes:
+            mode = Mode.WAS
+        Step(self.runtime, rows, self.runtime._stream(None), StepKind.CAPTURE, mode).__enter__()
+        self._in_step, self._is_cas, self._capturing = True, mode == Mode.CAS, key
+
+    def graph_next(self, key: GraphKey) -> None:
+        """vLLM is about to capture or to launch the graph of a step."""
+        self._break_off()
+        self.graph_launched()
+        if key not in self._graphs:
+            return  # a capture: the model's call begins its step
+        if key not in self._launched_before:  # it takes memory, which may wait for the steps before
+            torch.cuda.current_stream().synchronize()
+        Step(self.runtime, key[0], self.runtime._stream(None), StepKind.REPLAY, self._graphs[key]).__enter__()
+        self.runtime._core.check_launch()
+        self._launching = key
+
+    def graph_launched(self) -> None:
+        """After its launch, before anything waits for it: this queues the copies that it waits for."""
+        if self._launching is None:
+            return
+        key, self._launching = self._launching, None
+        self.runtime._core.launched()
+        if key not in self._launched_before:
+            self._launched_before.add(key)
+            torch.cuda.current_stream().synchronize()
+        self.runtime.end_step()
+
+    def forget_graphs(self) -> None:
+        """vLLM has dropped all that it captured."""
+        self.graph_launched()
+        self._graphs.clear()
+        self._launched_before.clear()
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ class PooledWorker:
 
     def determine_available_memory(self) -> int:
         """vLLM's figure, the smallest of all engines. Collective."""
-        return current().smallest_budget(int(super().determine_available_memory()))  # type: ignore[misc]
+        own = int(super().determine_available_memory())  # type: ignore[misc]
+        current().state.forget_graphs()  # it captures some to measure them
+        return current().smallest_budget(own)
 
     def compile_or_warm_up_model(self) -> Any:
         """Collective. Steps are WaS and teach the policy nothing until it returns."""
