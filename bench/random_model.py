@@ -1,6 +1,8 @@
 """A checkpoint of random weights in a real model's shape, with a tokenizer of bytes and prompts: for ``sidp generate``.
 
 python -m bench.random_model --model Qwen/Qwen3-8B --out /tmp/qwen3-8b
+
+With ``--config-only`` its config.json alone, for ``bench.e2e_vllm --weights dummy``.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from sidp_runtime.errors import ConfigError
 from sidp_runtime.planner.model_shape import bundled_config
 
 
-def write_model(config: dict[str, Any], folder: Path) -> int:
-    """Writes the weights, a file a layer, each tensor from a seed of its name; returns their bytes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def write_config(config: dict[str, Any], folder: Path) -> Any:
+    """Writes config.json; returns the model without memory."""
     settings = {key: value for key, value in config.items() if key != "torch_dtype"}
+    settings = {"max_position_embeddings": 40960, **settings}
     settings |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
     hf_config = transformers.CONFIG_MAPPING[settings.pop("model_type")].from_dict(settings)
     hf_config.dtype = torch.bfloat16
@@ -33,6 +35,13 @@ def write_model(config: dict[str, Any], folder: Path) -> int:
         model = transformers.AutoModelForCausalLM.from_config(hf_config)  # type: ignore[no-untyped-call]
     hf_config.architectures = [type(model).__name__]
     hf_config.save_pretrained(folder)
+    return model
+
+
+def write_model(config: dict[str, Any], folder: Path) -> int:
+    """Writes config and weights, a file a layer, each tensor from a seed of its name; returns the weights' bytes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = write_config(config, folder)
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, shape in ((name, value.shape) for name, value in model.named_parameters()):
         parts = name.split(".")
@@ -84,6 +93,7 @@ def main(
     layers: Annotated[Optional[int], typer.Option(min=1, help="Fewer layers than the model has.")] = None,  # noqa: UP045
     prompts: Annotated[int, typer.Option(min=1, help="Prompts in prompts.jsonl.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    config_only: Annotated[bool, typer.Option(help="No weights: for engines that make them up.")] = False,
 ) -> None:
     """Write a model of random bfloat16 weights, its tokenizer and prompts.jsonl."""
     config = bundled_config(model)
@@ -92,6 +102,9 @@ def main(
             raise ConfigError(f"{model} has {config['num_hidden_layers']} layers, {layers} were asked for")
         config["num_hidden_layers"] = layers
     out.mkdir(parents=True)
+    if config_only:
+        write_config(config, out)
+        return
     num_bytes = write_model(config, out)
     write_tokenizer(out)
     write_prompts(out / "prompts.jsonl", prompts, prompt_tokens)

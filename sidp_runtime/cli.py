@@ -225,7 +225,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="H200, H100, H20, B200, or a JSON file with a profile.")] = "H200",
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float16. Default: the config's.")] = None,  # noqa: UP045
     utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.90,
-    workspace_gib: Annotated[float, typer.Option(help="Reserve for activations and library workspaces.")] = 3.0,
+    workspace_gib: Annotated[float, typer.Option(help="Reserve for activations and library workspaces.")] = 1.75,
     ring_slots: Annotated[int, typer.Option(help="Layers that a ring holds.")] = 2,
     cas_rows: Annotated[int, typer.Option(help="Rows of the largest CaS step; 0: WaS only.")] = 512,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prompts and answers together.")] = 8192,

@@ -21,10 +21,11 @@ HEAP_UNIT_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What is not weights. Defaults are assumptions, but for ``peer_context_bytes``, which was measured on H200.
+    """What is not weights. Defaults are assumptions for most shapes, measured on H200.
 
     ``utilization``: share of the device that the engine may use. ``context_bytes``: CUDA context and loaded kernels.
-    ``peer_context_bytes``: of each peer, whose process has a context here for its copies (``owners_engines``).
+    ``peer_context_bytes``: of each peer, whose process has a context here for its copies; without CaS alone, as engines
+    that compute in CaS load all kernels early and then read layers themselves (``owners_engines``).
     ``workspace_bytes``: activations, logits and library workspaces at the largest step (``activation_bytes`` gives the
     part that follows from the shape). ``block_tokens``: KV is handed out in blocks of so many tokens a layer.
     ``max_rows``: rows of the largest CaS step; 0: no CaS. ``ring_slots``: layers that a ring holds.
@@ -33,7 +34,7 @@ class MemorySettings:
     utilization: float = 0.90
     context_bytes: int = 512 << 20
     peer_context_bytes: int = 276 << 20
-    workspace_bytes: int = 3 << 30
+    workspace_bytes: int = 7 << 28
     block_tokens: int = 16
     max_rows: int = 512
     ring_slots: int = 2
@@ -178,7 +179,7 @@ def shared(
         "resident layers": placement.resident_bytes,
         "ring": max(placement.ring_bytes(rank) for rank in ranks),
         "CaS mailbox": mailbox,
-        "peers' CUDA contexts": settings.peer_context_bytes * (placement.world_size - 1),
+        "peers' CUDA contexts": 0 if mailbox else settings.peer_context_bytes * (placement.world_size - 1),
         "flags and rounding to 512 MiB": sum(align_up(n, HEAP_UNIT_BYTES) for n in heap) - owned - mailbox,
     }
     return _device(shape, device_bytes, items, KvCache(shape, context, settings.block_tokens), settings)

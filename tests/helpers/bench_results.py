@@ -29,7 +29,13 @@ def measured(machine: str, case: str, metric: str, subject: str, **parameters: A
 
 
 @cache
-def figures(machine: str) -> list[dict[str, Any]]:
-    """All rows of the machine's whole runs."""
+def runs(machine: str) -> list[dict[str, Any]]:
+    """The machine's results files."""
     files = sorted((RESULTS / machine).glob("*.json"))
-    return [figure for file in files for figure in json.loads(file.read_text(encoding="utf-8"))["figures"]]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+@cache
+def figures(machine: str) -> list[dict[str, Any]]:
+    """All rows of them."""
+    return [figure for run in runs(machine) for figure in run["figures"]]

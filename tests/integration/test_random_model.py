@@ -35,3 +35,11 @@ def test_more_layers_than_the_model_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="36 layers, 37"):
         main(tmp_path / "model", "Qwen/Qwen3-8B", layers=37)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_config_alone_is_enough_for_engines_that_make_up_the_weights(tmp_path: Path) -> None:
+    main(tmp_path / "model", "Qwen/Qwen3-32B", config_only=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.architectures == ["Qwen3ForCausalLM"]
+    assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (64, 5120, 40960)
