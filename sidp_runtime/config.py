@@ -156,9 +156,14 @@ def load_kernels_early() -> None:
     os.environ.setdefault("CUDA_MODULE_LOADING", SETTINGS["CUDA_MODULE_LOADING"].default or "")
 
 
+def kernels_load_early() -> bool:
+    """Whether CUDA loads all kernels into each context that it makes, as far as the environment says."""
+    return os.environ.get("CUDA_MODULE_LOADING") == "EAGER"
+
+
 def check_kernels_early() -> None:
     """``ConfigError`` unless this process's CUDA, which has started, was told to; torch may have told it LAZY."""
-    if os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
+    if not kernels_load_early():
         raise ConfigError(
             "CUDA started without CUDA_MODULE_LOADING=EAGER in the environment, so a kernel is loaded at its first "
             "launch: with CaS two ranks that load one at once would wait for each other. Set it before the process "

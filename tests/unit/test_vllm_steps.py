@@ -7,45 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.noting_runtime import Began, Gpu
 
 from sidp_runtime import Mode
 from sidp_runtime._C import StepKind
-from sidp_runtime.errors import ConfigError, UnsupportedError
+from sidp_runtime.errors import ConfigError, UnsupportedError, UsageError
 from sidp_runtime.integrations.vllm.step import StepState
-
-
-class Began:
-    """A runtime that only notes what is called: in which mode a step begins, and whether it counts."""
-
-    def __init__(self) -> None:
-        self.modes: list[Any] = []
-        self.counted: list[bool] = []
-        self.calls: list[Any] = []
-        self.pool = self._core = self
-
-    def is_local(self, layer: int) -> bool:
-        return False
-
-    def _stream(self, stream: object) -> int:
-        return 0
-
-    def begin_step(self, num_tokens: int, stream: int, kind: Any, mode: Any) -> Any:
-        self.modes.append(mode)
-        self.calls.append((kind, num_tokens, mode))
-        return SimpleNamespace(mode=mode)
-
-    def end_step(self, broken_off: bool = False) -> None:
-        self.counted.append(not broken_off)
-        self.calls.append("broken off" if broken_off else "end")
-
-    def predicted_modes(self, sizes: list[int]) -> dict[int, Mode]:
-        return {size: Mode.CAS if size < 6 else Mode.WAS for size in sizes}
-
-    def check_launch(self) -> None:
-        self.calls.append("check")
-
-    def launched(self) -> None:
-        self.calls.append("launched")
 
 
 def test_steps_beyond_the_largest_request_are_was_whatever_was_asked_for() -> None:
@@ -88,23 +55,6 @@ def test_the_first_step_of_each_size_is_was_where_asked_for(monkeypatch: pytest.
     assert waits == [1, 3]
 
 
-class Gpu:
-    """torch's current stream: whether it is captured, and after how many calls of the runtime it was waited for."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, runtime: Began) -> None:
-        self.capturing = False
-        stream = SimpleNamespace(synchronize=lambda: runtime.calls.append("wait"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-
-    def capture(self, state: StepState, rows: int, graph: object = "uniform") -> None:
-        state.graph_next((rows, graph))
-        self.capturing = True
-        state.begin(rows, graph)
-        state.end()
-        self.capturing = False
-
-
 def whole_graphs(monkeypatch: pytest.MonkeyPatch, configured: Mode | None = None) -> tuple[Any, Gpu, StepState]:
     runtime: Any = Began()
     state = StepState(runtime, 2, max_rows=8, configured=configured, first_is_was=True)
@@ -112,66 +62,87 @@ def whole_graphs(monkeypatch: pytest.MonkeyPatch, configured: Mode | None = None
     return runtime, Gpu(monkeypatch, runtime), state
 
 
+def capture(gpu: Gpu, state: StepState, rows: int, graph: object = None) -> None:
+    gpu.capturing = True
+    state.begin(rows, graph or f"of {rows}")
+    state.end()
+    gpu.capturing = False
+
+
 def test_a_captured_step_keeps_the_mode_that_was_predicted_or_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for configured, expected in (
-        (None, [Mode.CAS, Mode.WAS, Mode.WAS]),
-        (Mode.CAS, [Mode.CAS, Mode.CAS, Mode.WAS]),
-        (Mode.WAS, [Mode.WAS] * 3),
+    for configured, modes in (
+        (None, {4: Mode.CAS, 8: Mode.WAS, 16: Mode.WAS}),
+        (Mode.CAS, {4: Mode.CAS, 8: Mode.CAS, 16: Mode.WAS}),
+        (Mode.WAS, dict.fromkeys((4, 8, 16), Mode.WAS)),
     ):
         runtime, gpu, state = whole_graphs(monkeypatch, configured)
-        for rows in (4, 8, 16):
-            gpu.capture(state, rows)
-        captured = [(StepKind.CAPTURE, rows, mode) for rows, mode in zip((4, 8, 16), expected, strict=True)]
+        for rows in modes:
+            capture(gpu, state, rows)
+        captured = [(StepKind.CAPTURE, rows, mode) for rows, mode in modes.items()]
         assert runtime.calls == [call for step in captured for call in (step, "end")], "of the warm-up, and whole"
         state.warming_up = False
-        runtime.calls.clear()
         for rows in (16, 4):
-            state.graph_next((rows, "uniform"))
-            state.graph_launched()
-            assert runtime.calls[1] == (StepKind.REPLAY, rows, dict(zip((4, 8, 16), expected, strict=True))[rows])
             runtime.calls.clear()
+            with state.launch(f"of {rows}", rows):
+                assert runtime.calls[-2:] == [(StepKind.REPLAY, rows, modes[rows]), "check"]
+
+
+def test_an_engine_without_requests_captures_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, gpu, state = whole_graphs(monkeypatch)
+    state.computes.clear()
+    capture(gpu, state, 4)
+    assert runtime.calls == [(StepKind.CAPTURE, 4, Mode.WAS), "end"]
 
 
 def test_a_graph_is_launched_within_a_step_and_its_first_launch_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, gpu, state = whole_graphs(monkeypatch)
-    gpu.capture(state, 4)
-    state.warming_up = False
-    begun = (StepKind.REPLAY, 4, Mode.CAS)
-    for expected in (["wait", begun, "check", "launched", "wait", "end"], [begun, "check", "launched", "end"]):
-        runtime.calls.clear()
-        state.graph_next((4, "uniform"))
-        state.graph_launched()
-        state.graph_launched()  # vLLM may ask for logits twice
-        assert runtime.calls == expected
+    launched = [(StepKind.REPLAY, 4, Mode.CAS), "check", "launch", "launched", "end"]
+    for _ in range(2):  # captured anew, as vLLM measured the first one and dropped it
+        capture(gpu, state, 4)
+        for expected in (["wait", *launched, "wait"], launched):
+            runtime.calls.clear()
+            with state.launch("of 4", 4):
+                runtime.calls.append("launch")
+            assert runtime.calls == expected
+
+
+def test_a_launch_that_fails_breaks_its_step_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, gpu, state = whole_graphs(monkeypatch)
+    capture(gpu, state, 4)
     runtime.calls.clear()
-    state.graph_next((4, "uniform"))  # nobody asks for its logits
-    state.begin(9)
-    state.end()
-    assert runtime.calls == [begun, "check", "launched", "end", (StepKind.RUN, 9, None), "end"]
+    with pytest.raises(RuntimeError, match="out of memory"), state.launch("of 4", 4):
+        raise RuntimeError("out of memory")
+    assert runtime.calls[-2:] == ["check", "broken off"]
 
 
 def test_a_call_that_raised_does_not_hide_the_next_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, gpu, state = whole_graphs(monkeypatch)
-    gpu.capture(state, 4)
+    capture(gpu, state, 4)
     state.warming_up = False
-    runtime.calls.clear()
-    state.begin(9)
-    state.graph_next((4, "uniform"))
-    assert runtime.calls[1] == "broken off"
-    assert (StepKind.REPLAY, 4, Mode.CAS) in runtime.calls
+    for capturing in (False, True):
+        gpu.capturing = capturing
+        runtime.calls.clear()
+        state.begin(8, "of 8")
+        gpu.capturing = False
+        with state.launch("of 4", 4):
+            pass
+        assert runtime.calls.index("broken off") <= 2, "of its own step, before the next"
+        assert (StepKind.REPLAY, 4, Mode.CAS) in runtime.calls
+        state.begin(9)
+        state.end()
+        assert runtime.calls[-2:] == [(StepKind.RUN, 9, None), "end"]
+        assert "of 8" not in state._graphs
 
 
-def test_graphs_that_vllm_dropped_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime, gpu, state = whole_graphs(monkeypatch)
-    gpu.capture(state, 4)
-    gpu.capture(state, 4, "of one request each")  # another graph
-    with pytest.raises(ConfigError, match="2 full CUDA graphs keep the mode"):
-        state.pin(Mode.WAS)
-    with pytest.raises(UnsupportedError, match="of 4 tokens a second time"):
-        gpu.capture(state, 4)
-    gpu.capturing = False
-    state.graph_launched()
-    state.forget_graphs()
+def test_graphs_that_could_not_be_followed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, gpu, state = whole_graphs(monkeypatch)
     state.pin(Mode.WAS)
-    gpu.capture(state, 4)
-    assert runtime.calls[-2:] == [(StepKind.CAPTURE, 4, Mode.WAS), "end"]
+    state.pin(None)
+    capture(gpu, state, 4)
+    with pytest.raises(ConfigError, match="1 full CUDA graphs keep the mode"):
+        state.pin(Mode.WAS)
+    with pytest.raises(UsageError, match="of 8 tokens that was captured outside"), state.launch("of 8", 8):
+        raise AssertionError
+    gpu.capturing = True
+    with pytest.raises(UnsupportedError, match="not as one of its full CUDA graphs"):
+        state.begin(8, None)

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ...errors import UnsupportedError
@@ -28,10 +29,15 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.download_model", ("self", "model_config")),
     ("vllm.model_executor.offloader.base", "set_offloader", ("instance",)),
     ("vllm.model_executor.offloader.base", "BaseOffloader.wrap_modules", ("self", "modules_generator")),
-    ("vllm.model_executor.offloader.base", "BaseOffloader.sync_prev_onload", ("self",)),
     ("vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
+    (
+        "vllm.compilation.cuda_graph",
+        "CUDAGraphWrapper.__init__",
+        ("self", "runnable", "vllm_config", "runtime_mode", "cudagraph_options"),
+    ),
+    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", ("self",)),
 )
@@ -118,7 +124,7 @@ def _has_second_runner(vllm_config: Any) -> bool:
 
 
 def whole_graph() -> Any:
-    """What vLLM tells the CUDA graphs of whole steps apart by, if one is to be captured or launched now; else None."""
+    """vLLM's descriptor of the CUDA graph of a whole step that is to be captured or launched now, or None."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
@@ -128,18 +134,30 @@ def whole_graph() -> Any:
     return context.batch_descriptor if context.cudagraph_runtime_mode == CUDAGraphMode.FULL else None
 
 
-def when_launched(model: Any, call: Callable[[], None]) -> None:
-    """Calls after each call of the model, however it ran, and before its results are waited for: when logits are.
+def step_through_graphs(runner: Any, launch: Callable[[Any, int], AbstractContextManager[None]]) -> None:
+    """Puts ``launch(graph, tokens)`` around each launch of a CUDA graph of a whole step, on a runner with its model.
 
-    ``UnsupportedError`` for a model without vLLM's logits processor.
+    ``UnsupportedError`` if the runner holds such graphs in another way than vLLM's ``CUDAGraphWrapper``.
     """
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
-    found = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-    if not found:
-        raise UnsupportedError(f"{type(model).__name__} has no LogitsProcessor, which full CUDA graphs need")
-    for module in found:
-        module.register_forward_pre_hook(lambda module, args: call())
+    held = runner.model
+    if type(held) is not CUDAGraphWrapper:
+        raise UnsupportedError(
+            f"vLLM {installed_version()} holds its model in a {type(held).__name__}, not a CUDAGraphWrapper, so its "
+            "full CUDA graphs cannot be followed: give compilation_config={'cudagraph_mode': 'PIECEWISE'} or 'NONE'"
+        )
+
+    class SteppedGraphs(CUDAGraphWrapper):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            graph = whole_graph()
+            entry = None if graph is None else self.concrete_cudagraph_entries.get(graph)
+            if entry is None or entry.cudagraph is None:
+                return super().__call__(*args, **kwargs)  # the model is called, to run or to be captured
+            with launch(graph, graph.num_tokens):
+                return super().__call__(*args, **kwargs)
+
+    runner.model = SteppedGraphs(held.runnable, held.vllm_config, held.runtime_mode, held.cudagraph_options)
 
 
 def check_backend(backend: str) -> None:

@@ -77,6 +77,8 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         compat.check_worker(vllm_config)
         compat.split_graphs_at(vllm_config, OPERATORS)
         settings.key_graphs(vllm_config, chosen.pool)
+        # With all kernels loaded early a context on each peer's GPU has them too: 1480 MiB on an H200
+        owners_engines = not environment.kernels_load_early()
         taken = _torch_gpu.Taken(torch.cuda.current_device()) if on_gpu else None
         group = _join(chosen)
         if taken is not None:
@@ -93,7 +95,8 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             if taken is not None:
                 taken.mark("model")
             with torch.no_grad():
-                runtime = _make_runtime(pool, chosen, offloader.blocks, compat.captured_rows(vllm_config))
+                captured = compat.captured_rows(vllm_config)
+                runtime = _make_runtime(pool, chosen, offloader.blocks, captured, owners_engines)
             if taken is not None:
                 group.barrier("vllm/made")  # so that the peers' share of this GPU is counted
                 taken.mark("runtime")
@@ -105,9 +108,6 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             self._offloader = None
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
         install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
-        if on_gpu and vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-            compat.when_launched(model, state.graph_launched)
-            offloader.graph_next = functools.partial(_graph_next, state)
         set_state(state)
         engine = Engine(chosen, group, pool, runtime, state, self._load, taken.by_part if taken is not None else {})
         set_engine(engine)
@@ -150,7 +150,7 @@ def _make_pool(
 
 
 def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:
-    """Powers of two, rounded up to the ``captured`` row counts, ascending: with graphs there are no others.
+    """Powers of two, rounded up to the ``captured`` row counts, ascending, of which most steps are.
 
     An owner captures its ops for each of these, so there are not as many as vLLM captures.
     """
@@ -159,7 +159,11 @@ def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:
 
 
 def _make_runtime(
-    pool: WeightPool, chosen: settings.Settings, blocks: Sequence[nn.Module], captured: Sequence[int]
+    pool: WeightPool,
+    chosen: settings.Settings,
+    blocks: Sequence[nn.Module],
+    captured: Sequence[int],
+    owners_engines: bool,
 ) -> Runtime:
     wanted = chosen.pool.mode != "was" and chosen.world_size > 1
     max_rows = chosen.pool.max_rows if wanted else 0
@@ -170,8 +174,7 @@ def _make_runtime(
         ops=_ops(pool, blocks) if wanted else (),
         max_rows=max_rows,
         row_buckets=row_buckets(max_rows, captured) if wanted and captured else None,
-        # With all kernels loaded early a context on each peer's GPU has them too, 1.5 GiB on an H200
-        owners_engines=not wanted,
+        owners_engines=owners_engines,
         deadline_ms=environment.deadline_ms() if chosen.own.deadline_ms is None else chosen.own.deadline_ms,
     )
 
@@ -253,12 +256,6 @@ def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, *, 
             _install_computes(index, block, state)
         block.register_forward_pre_hook(functools.partial(_before, index), with_kwargs=True)
         block.register_forward_hook(functools.partial(_after, index))
-
-
-def _graph_next(state: StepState) -> None:
-    graph = compat.whole_graph()
-    if graph is not None:
-        state.graph_next((graph.num_tokens, graph))
 
 
 def _before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,21 +25,14 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
     """Puts the linears of each decoder layer on the pool as soon as the layer is built.
 
     The layer's own memory goes back to the allocator, so the peak is what the rank owns, its ring and one layer.
-    ``blocks``: the decoder layers; ``pool``: made when the first of them shows its shapes. ``graph_next``: to be called
-    when vLLM is about to capture or to launch a CUDA graph.
+    ``blocks``: the decoder layers; ``pool``: made when the first of them shows its shapes.
     """
 
     def __init__(self, num_layers: int, make_pool: MakePool) -> None:
         self.blocks: list[nn.Module] = []
-        self.graph_next: Callable[[], None] | None = None
         self.pool: WeightPool | None = None
         self._num_layers = num_layers
         self._make_pool = make_pool
-
-    def sync_prev_onload(self) -> None:
-        """Called by vLLM before it captures or launches a CUDA graph."""
-        if self.graph_next is not None:
-            self.graph_next()
 
     def wrap_modules(self, modules_generator: Generator[nn.Module, None, None], prefix: str = "") -> list[nn.Module]:
         """Called by vLLM's ``make_layers``."""

@@ -6,7 +6,8 @@ cache of compiled graphs own different layers, and a step's mode is chosen when 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +18,6 @@ from ...errors import ConfigError, UnsupportedError, UsageError
 from ...runtime import Step
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
-
-#: What tells one CUDA graph of a whole step from another: tokens, and what else vLLM tells them apart by.
-GraphKey = tuple[int, object]
 
 #: Names by which vLLM splits its graphs.
 OPERATORS = ("sidp::vllm_fetch", "sidp::vllm_release", "sidp::vllm_compute")
@@ -33,8 +31,8 @@ class StepState:
     kernel loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
 
     A step that vLLM captures as one CUDA graph keeps its mode: the configured one, or what the policy predicts. vLLM
-    launches it without a call of the model: ``graph_next`` and ``graph_launched`` stand around the launch. Around a
-    graph's first one the host waits for the stream, for the same reason.
+    launches it without a call of the model; ``launch`` stands around that. Around a graph's first launch the host waits
+    for the stream, for the same reason.
     """
 
     def __init__(
@@ -56,10 +54,9 @@ class StepState:
         self._is_cas = False
         self._on_gpu = first_is_was
         self._untried = set(range(1, max_rows + 1)) if first_is_was else set()
-        self._graphs: dict[GraphKey, Mode] = {}  # of whole steps
-        self._launched_before: set[GraphKey] = set()
-        self._capturing: GraphKey | None = None
-        self._launching: GraphKey | None = None
+        self._graphs: dict[object, Mode] = {}  # of whole steps, by what vLLM tells them apart by
+        self._launched: set[object] = set()
+        self._capturing: object = None
 
     def pin(self, mode: Mode | None) -> None:
         """From the next step on this mode where a step may have it, or again as configured (None).
@@ -76,12 +73,11 @@ class StepState:
     # --- Steps --------------------------------------------------------------------------------------------------------
 
     def begin(self, rows: int, graph: object = None) -> None:
-        """Before vLLM calls the model. ``graph``: what vLLM tells its graphs apart by, for a capture."""
+        """Before vLLM calls the model. ``graph``: that of the whole step, where one is captured."""
         self._break_off()
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._begin_capture(rows, graph)
             return
-        self.graph_launched()
         mode = self.pinned
         first = rows in self._untried and not self.warming_up
         if first and mode != Mode.WAS:
@@ -101,51 +97,48 @@ class StepState:
     def end(self) -> None:
         """After it."""
         self._in_step = False
-        key, self._capturing = self._capturing, None
-        self.runtime.end_step(broken_off=self.warming_up and key is None)
-        if key is not None:
-            self._graphs[key] = Mode.CAS if self._is_cas else Mode.WAS
+        graph, self._capturing = self._capturing, None
+        self.runtime.end_step(broken_off=self.warming_up and graph is None)
+        if graph is not None:
+            self._graphs[graph] = Mode.CAS if self._is_cas else Mode.WAS
+            self._launched.discard(graph)  # vLLM may have dropped an earlier one
 
     # --- Steps in one CUDA graph --------------------------------------------------------------------------------------
 
     def _begin_capture(self, rows: int, graph: object) -> None:
-        key = rows, graph
-        if self._launching is not None or key in self._graphs:
-            raise UnsupportedError(f"vLLM captures its CUDA graph of {rows} tokens a second time, which it never did")
+        if graph is None:
+            raise UnsupportedError(
+                f"vLLM captures a step of {rows} tokens, and not as one of its full CUDA graphs: launches would not be "
+                "seen; give compilation_config={'cudagraph_mode': 'PIECEWISE'} without VLLM_USE_BREAKABLE_CUDAGRAPH"
+            )
         mode = self.pinned if self.pinned is not None else self.runtime.predicted_modes([rows])[rows]
         if rows > self._max_rows or not self.computes:
             mode = Mode.WAS
         Step(self.runtime, rows, self.runtime._stream(None), StepKind.CAPTURE, mode).__enter__()
-        self._in_step, self._is_cas, self._capturing = True, mode == Mode.CAS, key
+        self._in_step, self._is_cas, self._capturing = True, mode == Mode.CAS, graph
 
-    def graph_next(self, key: GraphKey) -> None:
-        """vLLM is about to capture or to launch the graph of a step."""
+    @contextlib.contextmanager
+    def launch(self, graph: object, rows: int) -> Iterator[None]:
+        """Around the launch of the graph of a whole step: copies that it waits for are queued right behind it."""
         self._break_off()
-        self.graph_launched()
-        if key not in self._graphs:
-            return  # a capture: the model's call begins its step
-        if key not in self._launched_before:  # it takes memory, which may wait for the steps before
+        if graph not in self._graphs:
+            raise UsageError(f"vLLM launches a CUDA graph of {rows} tokens that was captured outside of a step")
+        first = graph not in self._launched
+        if first:  # it takes memory, which may wait for the steps before
             torch.cuda.current_stream().synchronize()
-        Step(self.runtime, key[0], self.runtime._stream(None), StepKind.REPLAY, self._graphs[key]).__enter__()
-        self.runtime._core.check_launch()
-        self._launching = key
-
-    def graph_launched(self) -> None:
-        """After its launch, before anything waits for it: this queues the copies that it waits for."""
-        if self._launching is None:
-            return
-        key, self._launching = self._launching, None
-        self.runtime._core.launched()
-        if key not in self._launched_before:
-            self._launched_before.add(key)
-            torch.cuda.current_stream().synchronize()
+        Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._graphs[graph]).__enter__()
+        core = self.runtime._core
+        core.check_launch()
+        try:
+            yield
+        except BaseException:
+            self.runtime.end_step(broken_off=True)
+            raise
+        core.launched()
         self.runtime.end_step()
-
-    def forget_graphs(self) -> None:
-        """vLLM has dropped all that it captured."""
-        self.graph_launched()
-        self._graphs.clear()
-        self._launched_before.clear()
+        if first:
+            self._launched.add(graph)
+            torch.cuda.current_stream().synchronize()
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,7 @@ class PooledWorker:
 
     def determine_available_memory(self) -> int:
         """vLLM's figure, the smallest of all engines. Collective."""
-        own = int(super().determine_available_memory())  # type: ignore[misc]
-        current().state.forget_graphs()  # it captures some to measure them
-        return current().smallest_budget(own)
+        return current().smallest_budget(int(super().determine_available_memory()))  # type: ignore[misc]
 
     def compile_or_warm_up_model(self) -> Any:
         """Collective. Steps are WaS and teach the policy nothing until it returns."""
@@ -36,6 +34,12 @@ class PooledWorker:
 
 class SidpWorker(PooledWorker, Worker):  # type: ignore[misc]
     """For ``worker_cls`` on GPUs."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; launches of full CUDA graphs become steps."""
+        super().load_model(*args, **kwargs)
+        if self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            compat.step_through_graphs(self.model_runner, current().state.launch)
 
     def _warm_up_more(self) -> None:
         compat.load_late_kernels(self.model_runner)
