@@ -159,9 +159,10 @@ def test_vllms_own_wrapper_captures_and_launches_steps(monkeypatch: pytest.Monke
         ("validate_cudagraph_capturing_enabled", lambda: None),
         ("weak_ref_tensors", lambda x: x),
         ("current_stream", lambda: None),
-        ("current_platform", SimpleNamespace(get_global_graph_pool=lambda: None)),
+        ("current_platform", SimpleNamespace(get_global_graph_pool=lambda: 0)),
+        ("set_graph_pool_id", lambda pool: None),  # of 0.20
     ):
-        monkeypatch.setattr(cuda_graph, name, value)
+        monkeypatch.setattr(cuda_graph, name, value, raising=False)
     state = StepState(runtime, 0, max_rows=8, configured=Mode.WAS, first_is_was=True)
     model = torch.nn.Identity()
     install(model, [], state, with_computes=False)
