@@ -1,0 +1,131 @@
+"""CUDA graphs of whole steps: which engines may have them, and how vLLM's own wrapper captures and launches them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs these tests where it is")
+
+import helpers.vllm_quiet  # noqa: F401 - before the others
+import vllm
+import vllm.envs
+from helpers.noting_runtime import Began, Gpu
+from helpers.vllm_settings import plain_settings
+
+from sidp_runtime import Mode
+from sidp_runtime._C import StepKind
+from sidp_runtime.errors import UnsupportedError
+from sidp_runtime.integrations.vllm import compat
+from sidp_runtime.integrations.vllm.loader import install
+from sidp_runtime.integrations.vllm.step import StepState
+
+
+@pytest.mark.parametrize("name", ["FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_full_cuda_graphs_need_the_first_model_runner(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from vllm.config import CUDAGraphMode
+
+    given = plain_settings()
+    given.compilation_config.cudagraph_mode = CUDAGraphMode[name]
+    given.use_v2_model_runner = False
+    compat.check_settings(given)
+    given.use_v2_model_runner = True
+    with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        compat.check_settings(given)
+    del given.use_v2_model_runner  # of 0.20, where the environment says so
+    for chosen in (False, True):
+        monkeypatch.setattr(vllm.envs, "VLLM_USE_V2_MODEL_RUNNER", chosen, raising=False)
+        with pytest.raises(UnsupportedError, match="VLLM_USE") if chosen else contextlib.nullcontext():
+            compat.check_settings(given)
+
+
+def test_vllm_says_which_whole_graph_is_next() -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, set_forward_context
+
+    assert compat.whole_graph() is None
+    descriptor = BatchDescriptor(num_tokens=8)
+    for mode, expected in ((CUDAGraphMode.FULL, descriptor), (CUDAGraphMode.PIECEWISE, None)):
+        given = vllm.config.VllmConfig()
+        with set_forward_context(None, given, cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
+            assert compat.whole_graph() == expected
+
+
+def test_vllms_own_wrapper_captures_and_launches_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.compilation import cuda_graph
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, set_forward_context
+
+    runtime: Any = Began()
+    gpu = Gpu(monkeypatch, runtime)
+
+    @contextlib.contextmanager
+    def capturing(*_: Any, **__: Any) -> Iterator[None]:
+        gpu.capturing = True
+        yield
+        gpu.capturing = False
+
+    graph = SimpleNamespace(replay=lambda: runtime.calls.append("launch"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(cuda_graph, "capture_pool", lambda pool, config: contextlib.nullcontext(pool), raising=False)
+    for name, value in (
+        ("validate_cudagraph_capturing_enabled", lambda: None),
+        ("weak_ref_tensors", lambda x: x),
+        ("current_stream", lambda: None),
+        ("current_platform", SimpleNamespace(get_global_graph_pool=lambda: 0)),
+        ("set_graph_pool_id", lambda pool: None),  # of 0.20
+    ):
+        monkeypatch.setattr(cuda_graph, name, value, raising=False)
+    state = StepState(runtime, 0, max_rows=8, configured=Mode.WAS, first_is_was=True)
+    model = torch.nn.Identity()
+    install(model, [], state, with_computes=False)
+    given = vllm.config.VllmConfig()
+    runner = SimpleNamespace(model=cuda_graph.CUDAGraphWrapper(model, given, CUDAGraphMode.FULL))
+    compat.step_through_graphs(runner, state.launch)
+    assert isinstance(runner.model, cuda_graph.CUDAGraphWrapper)
+    assert runner.model.unwrap() is model
+
+    def step(mode: CUDAGraphMode) -> list[Any]:
+        runtime.calls.clear()
+        descriptor = BatchDescriptor(num_tokens=4)
+        with set_forward_context(None, given, cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
+            assert runner.model(torch.zeros(4)).shape == (4,)
+        return list(runtime.calls)
+
+    captured = [(StepKind.CAPTURE, 4, Mode.WAS), "end"]
+    begun = [(StepKind.REPLAY, 4, Mode.WAS), "check", "launch", "launched", "end"]
+    assert step(CUDAGraphMode.NONE) == [(StepKind.RUN, 4, Mode.WAS), "broken off"]
+    assert step(CUDAGraphMode.FULL) == captured
+    assert step(CUDAGraphMode.FULL) == ["wait", *begun, "wait"]
+    runner.model.clear_graphs()  # vLLM measured them
+    assert step(CUDAGraphMode.FULL) == captured
+    state.warming_up = False
+    assert step(CUDAGraphMode.FULL) == ["wait", *begun, "wait"]
+    assert step(CUDAGraphMode.FULL) == begun
+    assert step(CUDAGraphMode.PIECEWISE)[-2:] == [(StepKind.RUN, 4, Mode.WAS), "end"]
+    with pytest.raises(UnsupportedError, match="in a SteppedGraphs, not a CUDAGraphWrapper"):
+        compat.step_through_graphs(runner, state.launch)
+
+
+def test_a_gpus_worker_steps_through_full_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from sidp_runtime.integrations.vllm import worker
+
+    followed: list[Any] = []
+    monkeypatch.setattr(Worker, "load_model", lambda self, *, load_dummy_weights=False: None)
+    monkeypatch.setattr(compat, "step_through_graphs", lambda *given: followed.append(given))
+    monkeypatch.setattr(worker, "current", lambda: SimpleNamespace(state=SimpleNamespace(launch="launch")))
+    for name, expected in (("PIECEWISE", []), ("FULL_DECODE_ONLY", [("runner", "launch")])):
+        given: Any = object.__new__(worker.SidpWorker)
+        given.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[name]))
+        given.model_runner = "runner"
+        given.load_model(load_dummy_weights=False)
+        assert followed == expected
