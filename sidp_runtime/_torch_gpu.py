@@ -54,22 +54,24 @@ def free_bytes(device: int) -> int:
 
 
 class Taken:
-    """Bytes that went from a GPU beside torch's allocator, part by part; those of other processes there count too."""
+    """Bytes that went from a GPU beside torch's allocator, part by part; those of other processes there count too.
 
-    def __init__(self, device: int) -> None:
+    On the host (``device`` None) nothing is counted.
+    """
+
+    def __init__(self, device: int | None) -> None:
         self._device = device
-        self._before = self._outside()
         self.by_part: dict[str, int] = {}
+        self._left = self._not_taken()
 
     def mark(self, part: str) -> None:
         """What went since the last mark was for ``part``."""
-        now = self._outside()
-        self.by_part[part] = self.by_part.get(part, 0) + now - self._before
-        self._before = now
+        before, self._left = self._left, self._not_taken()
+        if self._device is not None:
+            self.by_part[part] = self.by_part.get(part, 0) + before - self._left
 
-    def _outside(self) -> int:
-        free, total = torch.cuda.mem_get_info(self._device)
-        return int(total - free - torch.cuda.memory_reserved(self._device))
+    def _not_taken(self) -> int:
+        return 0 if self._device is None else free_bytes(self._device) + torch.cuda.memory_reserved(self._device)
 
 
 def nvtx_calls() -> tuple[Callable[[str], object], Callable[[], object]]:

@@ -19,6 +19,7 @@ class Began:
         self.counted: list[bool] = []
         self.calls: list[Any] = []
         self.pool = self._core = self
+        self._device, self.closed = None, False
 
     def is_local(self, layer: int) -> bool:
         return False

@@ -83,8 +83,8 @@ def test_a_captured_step_keeps_the_mode_that_was_predicted_or_configured(monkeyp
         state.warming_up = False
         for rows in (16, 4):
             runtime.calls.clear()
-            with state.launch(f"of {rows}", rows):
-                assert runtime.calls[-2:] == [(StepKind.REPLAY, rows, modes[rows]), "check"]
+            begun = state.launch(f"of {rows}", rows, lambda calls=runtime.calls: calls[-2:])
+            assert begun == [(StepKind.REPLAY, rows, modes[rows]), "check"]
 
 
 def test_an_engine_without_requests_captures_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +101,7 @@ def test_a_graph_is_launched_within_a_step_and_its_first_launch_waited_for(monke
         capture(gpu, state, 4)
         for expected in (["wait", *launched, "wait"], launched):
             runtime.calls.clear()
-            with state.launch("of 4", 4):
-                runtime.calls.append("launch")
+            state.launch("of 4", 4, lambda: runtime.calls.append("launch"))
             assert runtime.calls == expected
 
 
@@ -110,8 +109,12 @@ def test_a_launch_that_fails_breaks_its_step_off(monkeypatch: pytest.MonkeyPatch
     runtime, gpu, state = whole_graphs(monkeypatch)
     capture(gpu, state, 4)
     runtime.calls.clear()
-    with pytest.raises(RuntimeError, match="out of memory"), state.launch("of 4", 4):
+
+    def fail() -> None:
         raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        state.launch("of 4", 4, fail)
     assert runtime.calls[-2:] == ["check", "broken off"]
 
 
@@ -124,8 +127,7 @@ def test_a_call_that_raised_does_not_hide_the_next_graph(monkeypatch: pytest.Mon
         runtime.calls.clear()
         state.begin(8, "of 8")
         gpu.capturing = False
-        with state.launch("of 4", 4):
-            pass
+        state.launch("of 4", 4, lambda: None)
         assert runtime.calls.index("broken off") <= 2, "of its own step, before the next"
         assert (StepKind.REPLAY, 4, Mode.CAS) in runtime.calls
         state.begin(9)
@@ -141,8 +143,8 @@ def test_graphs_that_could_not_be_followed_are_refused(monkeypatch: pytest.Monke
     capture(gpu, state, 4)
     with pytest.raises(ConfigError, match="1 full CUDA graphs keep the mode"):
         state.pin(Mode.WAS)
-    with pytest.raises(UsageError, match="of 8 tokens that was captured outside"), state.launch("of 8", 8):
-        raise AssertionError
+    with pytest.raises(UsageError, match="of 8 tokens that was captured outside"):
+        state.launch("of 8", 8, lambda: pytest.fail("it was launched"))
     gpu.capturing = True
     with pytest.raises(UnsupportedError, match="not as one of its full CUDA graphs"):
         state.begin(8, None)

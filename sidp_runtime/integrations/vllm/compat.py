@@ -5,11 +5,11 @@ Each check raises ``UnsupportedError`` with the reason and what to do, at start-
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from ...errors import UnsupportedError
@@ -134,8 +134,8 @@ def whole_graph() -> Any:
     return context.batch_descriptor if context.cudagraph_runtime_mode == CUDAGraphMode.FULL else None
 
 
-def step_through_graphs(runner: Any, launch: Callable[[Any, int], AbstractContextManager[None]]) -> None:
-    """Puts ``launch(graph, tokens)`` around each launch of a CUDA graph of a whole step, on a runner with its model.
+def step_through_graphs(runner: Any, launch: Callable[[Any, int, Callable[[], Any]], Any]) -> None:
+    """Has ``launch(graph, tokens, call)`` launch each CUDA graph of a whole step, by ``call``, on a loaded runner.
 
     ``UnsupportedError`` if the runner holds such graphs in another way than vLLM's ``CUDAGraphWrapper``.
     """
@@ -152,10 +152,10 @@ def step_through_graphs(runner: Any, launch: Callable[[Any, int], AbstractContex
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             graph = whole_graph()
             entry = None if graph is None else self.concrete_cudagraph_entries.get(graph)
+            call = functools.partial(super().__call__, *args, **kwargs)
             if entry is None or entry.cudagraph is None:
-                return super().__call__(*args, **kwargs)  # the model is called, to run or to be captured
-            with launch(graph, graph.num_tokens):
-                return super().__call__(*args, **kwargs)
+                return call()  # the model is called, to run or to be captured
+            return launch(graph, graph.num_tokens, call)
 
     runner.model = SteppedGraphs(held.runnable, held.vllm_config, held.runtime_mode, held.cudagraph_options)
 

@@ -79,10 +79,9 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         settings.key_graphs(vllm_config, chosen.pool)
         # With all kernels loaded early a context on each peer's GPU has them too: 1480 MiB on an H200
         owners_engines = not environment.kernels_load_early()
-        taken = _torch_gpu.Taken(torch.cuda.current_device()) if on_gpu else None
+        taken = _torch_gpu.Taken(torch.cuda.current_device() if on_gpu else None)
         group = _join(chosen)
-        if taken is not None:
-            taken.mark("group")
+        taken.mark("group")
         num_layers = int(model_config.hf_text_config.num_hidden_layers)
         self._offloader = offloader = PoolOffloader(num_layers, functools.partial(_make_pool, group, chosen, taken))
         set_offloader(offloader)  # after the runner set its own, before any layer is built
@@ -92,14 +91,13 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             assert pool is not None  # load_weights has looked
             check_places(offloader.blocks, pool)
             pool.publish()
-            if taken is not None:
-                taken.mark("model")
+            taken.mark("model")
             with torch.no_grad():
                 captured = compat.captured_rows(vllm_config)
                 runtime = _make_runtime(pool, chosen, offloader.blocks, captured, owners_engines)
-            if taken is not None:
+            if on_gpu:
                 group.barrier("vllm/made")  # so that the peers' share of this GPU is counted
-                taken.mark("runtime")
+            taken.mark("runtime")
         except BaseException:
             if offloader.pool is not None and group.device is None:
                 offloader.pool.close()
@@ -109,7 +107,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
         install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
-        engine = Engine(chosen, group, pool, runtime, state, self._load, taken.by_part if taken is not None else {})
+        engine = Engine(chosen, group, pool, runtime, state, self._load, taken.by_part)
         set_engine(engine)
         logger.info("sidp: %s", engine.describe())
         return model
@@ -133,7 +131,7 @@ def _join(chosen: settings.Settings) -> Group:
 
 
 def _make_pool(
-    group: Group, chosen: settings.Settings, taken: _torch_gpu.Taken | None, layers: Sequence[LayerSpec]
+    group: Group, chosen: settings.Settings, taken: _torch_gpu.Taken, layers: Sequence[LayerSpec]
 ) -> WeightPool:
     placement = Placement.by_layer(
         [layer.num_bytes for layer in layers],
@@ -141,11 +139,9 @@ def _make_pool(
         ring_slots=chosen.pool.ring_slots,
         resident_layers=list(chosen.pool.resident_layers),
     )
-    if taken is not None:
-        taken.mark("model")
+    taken.mark("model")
     pool = WeightPool(group, layers, placement)
-    if taken is not None:
-        taken.mark("pool")
+    taken.mark("pool")
     return pool
 
 

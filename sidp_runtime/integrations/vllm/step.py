@@ -6,8 +6,7 @@ cache of compiled graphs own different layers, and a step's mode is chosen when 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,28 +116,21 @@ class StepState:
         Step(self.runtime, rows, self.runtime._stream(None), StepKind.CAPTURE, mode).__enter__()
         self._in_step, self._is_cas, self._capturing = True, mode == Mode.CAS, graph
 
-    @contextlib.contextmanager
-    def launch(self, graph: object, rows: int) -> Iterator[None]:
-        """Around the launch of the graph of a whole step: copies that it waits for are queued right behind it."""
+    def launch(self, graph: object, rows: int, call: Callable[[], Any]) -> Any:
+        """Launches the graph of a whole step, by ``call``, as a step; returns what that returns."""
         self._break_off()
         if graph not in self._graphs:
             raise UsageError(f"vLLM launches a CUDA graph of {rows} tokens that was captured outside of a step")
         first = graph not in self._launched
         if first:  # it takes memory, which may wait for the steps before
             torch.cuda.current_stream().synchronize()
-        Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._graphs[graph]).__enter__()
-        core = self.runtime._core
-        core.check_launch()
-        try:
-            yield
-        except BaseException:
-            self.runtime.end_step(broken_off=True)
-            raise
-        core.launched()
-        self.runtime.end_step()
+        launch = _Launch(call)
+        with Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._graphs[graph]) as step:
+            step.replay(launch)
         if first:
             self._launched.add(graph)
             torch.cuda.current_stream().synchronize()
+        return launch.output
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 
@@ -157,6 +149,17 @@ class StepState:
         result = self.runtime.remote_compute(layer, op, x, borrow=borrow)
         assert isinstance(result, torch.Tensor)
         return result
+
+
+class _Launch:
+    """What ``Step.replay`` replays, and what it returned."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self.output: Any = None
+
+    def replay(self) -> None:
+        self.output = self._call()
 
 
 _state: StepState | None = None
