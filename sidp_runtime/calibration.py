@@ -207,8 +207,8 @@ def run(
         given = machine_profile.read(profile, None if backend == "host" else 0)
     job = make_job(backend=backend, model=model, num_layers=num_layers, check=sizes, profile=given)
     console = Console()
-    with console.status("starting") as status:
-        found = calibrate(job, lambda words: status.update(words))
+    with console.status("starting") as status:  # of which only a terminal shows anything
+        found = calibrate(job, status.update if console.is_terminal else console.print)
     render(found, console)
     paths = [] if given is not None else store(found.document)
     if out is not None:

@@ -12,8 +12,9 @@ namespace {
 
 ActivationChannel::Requests requests_of(StepKind kind, Mode mode) {
   using Requests = ActivationChannel::Requests;
-  if (kind == StepKind::kRun) return mode == Mode::kCas ? Requests::kOneByOne : Requests::kNone;
-  return kind == StepKind::kReplay && mode == Mode::kCas ? Requests::kReplayed : Requests::kInGraph;
+  if (kind == StepKind::kCapture) return Requests::kCaptured;
+  if (kind == StepKind::kReplay) return mode == Mode::kCas ? Requests::kReplayed : Requests::kReplayedNone;
+  return mode == Mode::kCas ? Requests::kOneByOne : Requests::kNone;
 }
 
 }  // namespace

@@ -119,9 +119,9 @@ struct ChannelOptions {
 // Both sides of CaS on one rank. Every backend's channel keeps this contract.
 class ActivationChannel {
  public:
-  // What of a step reaches its stream call by call: nothing, as a graph is made, or a graph without requests launched;
-  // nothing, as one with requests is; all of it, without requests; or with them.
-  enum class Requests : std::uint8_t { kInGraph, kReplayed, kNone, kOneByOne };
+  // What of a step reaches its stream call by call: nothing, as a graph is made; nothing, as one with requests is
+  // launched, or one without; all of it, with requests or without.
+  enum class Requests : std::uint8_t { kCaptured, kReplayed, kReplayedNone, kOneByOne, kNone };
 
   virtual ~ActivationChannel() = default;  // stops
   // Begins to answer the other ranks.

@@ -161,10 +161,10 @@ class Backend {
   // Tells the peers that this rank no longer answers; its memory stays readable where they have mapped it.
   virtual void leave() noexcept = 0;
   // Remembers a point of a stream, after the waits of a step. Then: waits, for at most the deadline, until the last
-  // such point is past, when no stream waits for this rank's lane or service any more; or makes another stream wait for
-  // it. Nothing to do where calls do not outlast a step.
+  // such point is past, when no stream waits for this rank's lane or service any more, or with `but_one` the one before
+  // it; or makes another stream wait for it. Nothing to do where calls do not outlast a step.
   virtual void mark_step_end(Stream) noexcept {}
-  virtual bool wait_step_end(Milliseconds) noexcept { return true; }
+  virtual bool wait_step_end(Milliseconds, [[maybe_unused]] bool but_one = false) noexcept { return true; }
   virtual void follow_step_end(Stream) {}
   // By the clock of this machine where calls do not outlast a step, else by the device's events.
   virtual std::unique_ptr<StepTimer> make_step_timer();

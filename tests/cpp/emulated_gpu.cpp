@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <deque>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <thread>
@@ -304,12 +305,34 @@ void Emulation::check_replay(Workload& workload, Runtime& runtime) {
       runtime.end_step(/*broken_off=*/false);
     });
   if (runtime.stats().steps != decltype(runtime.stats().steps){}) throw Mismatch("a capture was counted as a step");
+  const auto answered = [&] {
+    const auto by_peer = runtime.stats().requester.requests_by_peer;
+    return std::accumulate(by_peer.begin(), by_peer.end(), std::uint64_t{0});
+  };
+  const auto launch = [&](Mode mode) {
+    const sidp::nvshmem::ContextScope scope(*device_);
+    must(device_->api().cuGraphLaunch(graphs[static_cast<std::size_t>(mode)], current_), "cuGraphLaunch");
+    runtime.launched();
+  };
+  std::uint64_t requests = 0, of_a_graph = 0, due = 0;  // when a step begins: those of all steps but the last
+  for (const Mode mode : {Mode::kCas, Mode::kCas, Mode::kCas, Mode::kWas, Mode::kWas, Mode::kCas, Mode::kCas}) {
+    runtime.begin_step(stream, 1, StepKind::kReplay, mode);
+    if (answered() < due) throw Mismatch("a third graph is launched behind requests without an answer");
+    launch(mode);
+    runtime.end_step(/*broken_off=*/false);
+    if (of_a_graph == 0) {
+      device_->api().cuStreamSynchronize(current_);
+      of_a_graph = answered();
+    }
+    due = requests;
+    requests += mode == Mode::kCas ? of_a_graph : 0;
+  }
   for (int i = 0; i < 60; ++i) {
     if (i % 10 == 4) {  // calls one by one follow a graph of requests
       runtime.begin_step(stream, 1, StepKind::kRun, Mode::kWas);
-      const auto answered = runtime.stats().requester.requests_by_peer;
+      const std::uint64_t before = answered();
       device_->api().cuStreamSynchronize(current_);
-      if (i == 4 && answered != runtime.stats().requester.requests_by_peer)
+      if (i == 4 && answered() != before)
         throw Mismatch("a step began before the requests of the graph before it were answered");
       workload.forward(runtime, Mode::kWas, -1, random);
       runtime.end_step(/*broken_off=*/false);
@@ -324,11 +347,7 @@ void Emulation::check_replay(Workload& workload, Runtime& runtime) {
       expect_usage([&] { runtime.end_step(/*broken_off=*/false); }, "launched");
       continue;
     }
-    {
-      const sidp::nvshmem::ContextScope scope(*device_);
-      must(device_->api().cuGraphLaunch(graphs[static_cast<std::size_t>(mode)], current_), "cuGraphLaunch");
-    }
-    runtime.launched();
+    launch(mode);
     expect_usage([&] { runtime.check_launch(); }, "once");
     if (i % 10 == 7) device_->api().cuStreamSynchronize(current_);  // the engine waits inside the step
     runtime.end_step(/*broken_off=*/i % 10 == 8);                   // or raises after the launch

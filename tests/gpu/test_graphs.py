@@ -83,6 +83,29 @@ def test_a_thousand_replays_with_switching_modes(world_size: int) -> None:
     run_ranks(replay_and_switch, world_size, replays=1000 if world_size == 2 else 100)
 
 
+def launch_ahead(context: RankContext) -> None:
+    with open_replica(context, MODEL, backend="nvshmem", max_rows=ROWS, mode="cas") as replica:
+        x = replica.rows(ROWS)
+        graph, y = capture(replica, x, Mode.CAS)
+        torch.cuda.synchronize()
+        context.meet("captured")
+        of_a_step = len(replica.streamed)
+        for number in range(400):
+            with replica.runtime.replay_step(ROWS) as step:
+                answered = sum(replica.runtime.stats()["requests_by_peer"])
+                assert answered >= (number - 1) * of_a_step, "a third graph is launched behind requests"
+                step.replay(graph)
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected(replica, x))
+        assert replica.runtime.stats()["reply_wait_ns"] > 0
+        context.meet("all replayed")
+
+
+def test_an_engine_that_never_waits_does_not_fill_the_launch_queue() -> None:
+    """Both ranks would block in a launch, each with what the other waits for still to be launched."""
+    run_ranks(launch_ahead, 2)
+
+
 def capture_one_layer(replica: Replica) -> None:
     with torch.cuda.graph(torch.cuda.CUDAGraph()), replica.runtime.capture_step(ROWS, Mode.WAS):
         replica.runtime.fetch_layer(replica.streamed[0])

@@ -10,6 +10,7 @@
 #include "event_clock.hpp"
 #include "event_timer.hpp"
 #include "sidp/error.hpp"
+#include "spin_or_nap.hpp"
 
 namespace sidp::nvshmem {
 
@@ -90,7 +91,8 @@ NvshmemBackend::NvshmemBackend(NvshmemOptions options, std::shared_ptr<Bootstrap
 
 NvshmemBackend::~NvshmemBackend() {
   const ContextScope scope(*device_);
-  if (step_end_ != nullptr) device_->api().cuEventDestroy(step_end_);
+  for (CUevent event : {step_end_, earlier_end_})
+    if (event != nullptr) device_->api().cuEventDestroy(event);
   if (*in_use_) {  // what is under way waits for and writes words there
     host_.keep_control();
     return;
@@ -235,17 +237,19 @@ std::thread NvshmemBackend::start_thread(const std::string& name, std::function<
 void NvshmemBackend::mark_step_end(Stream stream) noexcept {
   const ContextScope scope(*device_);
   // A failure here is the device's, and the next call on the stream reports it.
+  std::swap(step_end_, earlier_end_);
   if (step_end_ == nullptr) device_->api().cuEventCreate(&step_end_, CU_EVENT_DISABLE_TIMING);
   if (step_end_ != nullptr) device_->api().cuEventRecord(step_end_, static_cast<CUstream>(stream.handle));
 }
 
-bool NvshmemBackend::wait_step_end(Milliseconds deadline) noexcept {
-  if (step_end_ == nullptr) return true;
+bool NvshmemBackend::wait_step_end(Milliseconds deadline, bool but_one) noexcept {
+  CUevent const end = but_one ? earlier_end_ : step_end_;
+  if (end == nullptr) return true;
   const ContextScope scope(*device_);
   const auto start = Clock::now();
-  while (is_pending(device_->api().cuEventQuery(step_end_))) {
+  while (is_pending(device_->api().cuEventQuery(end))) {
     if (Clock::now() - start > deadline) return false;
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    std::this_thread::sleep_for(kNap);
   }
   return true;
 }

@@ -52,7 +52,7 @@ class NvshmemBackend final : public Backend {
   void follow_step_end(Stream stream) override;
   std::unique_ptr<StepTimer> make_step_timer() override;
   void keep_memory() noexcept override { *in_use_ = true; }
-  bool wait_step_end(Milliseconds deadline) noexcept override;
+  bool wait_step_end(Milliseconds deadline, bool but_one) noexcept override;
   bool close() override;
 
   WaitResult wait(Stream stream, std::uint32_t flag, FlagValue expected, const WaitOptions& options) override;
@@ -94,6 +94,7 @@ class NvshmemBackend final : public Backend {
   std::vector<CUdeviceptr> flags_;    // on the GPU, by rank as mapped here; 0 where it is not
   std::vector<CUdeviceptr> control_;  // control segments of all ranks as the GPU sees them
   CUevent step_end_ = nullptr;        // of the last step; made by the first
+  CUevent earlier_end_ = nullptr;     // of the one before
   bool lost_ = false;                 // a collective of NVSHMEM did not come back
   // A stream still works with the memory, local and symmetric.
   std::shared_ptr<bool> in_use_ = std::make_shared<bool>(false);

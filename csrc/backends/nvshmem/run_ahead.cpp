@@ -23,9 +23,12 @@ void RunAhead::wait_for(std::uint64_t number) {
   const auto start = Clock::now();
   auto now = start;
   for (; host_.load(word_) < number && now - start < deadline_; now = Clock::now()) spin_or_nap(now - start);
-  waited_ns_.fetch_add(static_cast<std::uint64_t>(std::chrono::nanoseconds(now - start).count()),
-                       std::memory_order_relaxed);
+  count(now - start);
   if (host_.load(word_) < number) unanswered_.clear();  // or each layer to come would wait as long
+}
+
+void RunAhead::count(Clock::duration waited) {
+  waited_ns_.fetch_add(static_cast<std::uint64_t>(std::chrono::nanoseconds(waited).count()), std::memory_order_relaxed);
 }
 
 }  // namespace sidp::nvshmem

@@ -27,10 +27,18 @@ class RunAhead {
   void requested() { unanswered_.push_back(layer_); }
   // Waits, likewise, until no request is unanswered.
   void settle();
+  // Runs what waits for answers in another way.
+  template <typename Wait>
+  void time(const Wait& wait) {
+    const auto start = Clock::now();
+    wait();
+    count(Clock::now() - start);
+  }
   [[nodiscard]] std::uint64_t waited_ns() const { return waited_ns_.load(std::memory_order_relaxed); }
 
  private:
   void wait_for(std::uint64_t number);
+  void count(Clock::duration waited);
 
   const HostWords& host_;
   std::size_t word_;

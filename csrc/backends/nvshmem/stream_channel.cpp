@@ -168,12 +168,13 @@ TurnWords StreamChannel::turn_words() const {
 
 void StreamChannel::begin_step(Requests requests) {
   one_by_one_ = requests == Requests::kOneByOne;
-  if (requests == Requests::kInGraph) return;
-  if (requests == Requests::kReplayed) {
-    replayed_ = true;
+  if (requests == Requests::kCaptured) return;
+  const bool is_graph = requests == Requests::kReplayed || requests == Requests::kReplayedNone;
+  if (replayed_) run_ahead_.time([&] { pool_.backend().wait_step_end(options_.deadline, /*but_one=*/is_graph); });
+  if (is_graph) {
+    replayed_ = replayed_ || requests == Requests::kReplayed;
     return;
   }
-  if (replayed_) pool_.backend().wait_step_end(options_.deadline);
   replayed_ = false;
   if (!one_by_one_) run_ahead_.settle();
 }
