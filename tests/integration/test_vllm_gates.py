@@ -180,14 +180,17 @@ def test_owners_capture_only_row_counts_that_occur() -> None:
     assert compat.captured_rows(given) == []
 
 
-def test_an_engine_with_cas_and_graphs_on_gpus_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second_runner", [True, False])
+def test_an_engine_with_cas_and_graphs_on_gpus_is_taken(monkeypatch: pytest.MonkeyPatch, second_runner: bool) -> None:
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(second_runner)))
     arguments = engine_arguments(rank=0, store="h:1", world_size=2, backend="nvshmem", mode="cas")
     given = plain_settings()
     mode = vllm.config.CUDAGraphMode[arguments["compilation_config"]["cudagraph_mode"]]
-    assert mode == vllm.config.CUDAGraphMode.PIECEWISE
+    assert mode.has_piecewise_cudagraphs()
+    assert mode.has_full_cudagraphs() == (not second_runner)
     given.compilation_config.cudagraph_mode = mode
     given.parallel_config.worker_cls = arguments["worker_cls"]
     given.parallel_config.data_parallel_index = 0

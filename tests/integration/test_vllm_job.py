@@ -67,6 +67,7 @@ def test_a_jobs_engine_arguments_are_merged(
     assert "compilation_config" not in llm_arguments()
     assert llm_arguments(engine_arguments={"max_num_seqs": 3})["max_num_seqs"] == 3
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     for given, expected in (
         ({"cudagraph_capture_sizes": [1]}, {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1]}),
         ({"cudagraph_mode": "NONE"}, {"cudagraph_mode": "NONE"}),

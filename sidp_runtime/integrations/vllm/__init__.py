@@ -31,12 +31,14 @@ def engine_arguments(
 
     ``rank`` and ``store`` (``host:port``; rank 0 serves it) and what else is this engine's ``own``: see
     ``settings.RankSettings``. ``pool``: equal on all ranks, see ``settings.PoolSettings``. On a GPU it asks for
-    piecewise CUDA graphs; put ``cudagraph_mode`` into a ``compilation_config`` of your own. There, unless the mode is
-    ``was``, it also sets ``CUDA_MODULE_LOADING`` for this process and its children, see ``config.load_kernels_early``.
+    CUDA graphs, of whole steps too unless vLLM may take its second model runner; put ``cudagraph_mode`` into a
+    ``compilation_config`` of your own. There, unless the mode is ``was``, it also sets ``CUDA_MODULE_LOADING`` for this
+    process and its children, see ``config.load_kernels_early``.
     """
     from vllm.platforms import current_platform
 
     from ... import config
+    from . import compat
     from .settings import PoolSettings, RankSettings
 
     given = {"rank": rank, "store": store, **(own or {})}
@@ -47,7 +49,7 @@ def engine_arguments(
     if not on_cpu and mode != "was":
         config.load_kernels_early()
     worker = "SidpCpuWorker" if on_cpu else "SidpWorker"
-    graphs = {} if on_cpu else {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    graphs = {} if on_cpu else {"compilation_config": {"cudagraph_mode": compat.default_graphs()}}
     return {
         **graphs,
         "load_format": "sidp",

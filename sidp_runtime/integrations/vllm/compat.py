@@ -123,6 +123,13 @@ def _has_second_runner(vllm_config: Any) -> bool:
     return bool(vllm.envs.VLLM_USE_V2_MODEL_RUNNER if chosen is None else chosen)
 
 
+def default_graphs() -> str:
+    """The ``cudagraph_mode`` to ask for on a GPU: graphs of whole steps too, where the runner is surely the first."""
+    import vllm.envs
+
+    return "FULL_AND_PIECEWISE" if vllm.envs.VLLM_USE_V2_MODEL_RUNNER is False else "PIECEWISE"
+
+
 def whole_graph() -> Any:
     """vLLM's descriptor of the CUDA graph of a whole step that is to be captured or launched now, or None."""
     from vllm.config import CUDAGraphMode
