@@ -137,10 +137,18 @@ def test_a_plain_replica_by_hand() -> None:
     assert found.kv_tokens == blocks * 16
 
 
-@pytest.mark.parametrize(("system", "utilization"), [("dp", 0.57), ("sidp", 0.90)])
-def test_kv_tokens_are_those_that_vllm_reports(system: str, utilization: float) -> None:
-    """vLLM 0.20.2 on two H200, Qwen3-32B; SiDP in mode auto with requests of up to 256 rows."""
-    shape, device = ModelShape.read("Qwen/Qwen3-32B"), GpuProfile.read("H200").memory_bytes
+@pytest.mark.parametrize(
+    ("model", "system", "utilization"),
+    [
+        ("Qwen/Qwen3-32B", "dp", 0.57),
+        ("Qwen/Qwen3-32B", "sidp", 0.90),
+        ("Qwen/Qwen2.5-72B", "sidp", 0.90),
+        ("meta-llama/Llama-3.1-70B", "sidp", 0.90),
+    ],
+)
+def test_kv_tokens_are_those_that_vllm_reports(model: str, system: str, utilization: float) -> None:
+    """vLLM 0.20.2 on two H200; SiDP in mode auto with requests of up to 256 rows."""
+    shape, device = ModelShape.read(model), GpuProfile.read("H200").memory_bytes
     chosen = MemorySettings(utilization=utilization, max_rows=256)
     if system == "dp":
         planned = memory.plain(shape, device, 4096, chosen)
@@ -150,7 +158,8 @@ def test_kv_tokens_are_those_that_vllm_reports(system: str, utilization: float) 
         figure["median"]
         for run in bench_results.runs("2x-nvidia-h200")
         for figure in run["figures"]
-        if figure["key"] == f"e2e_vllm/kv_of_an_engine/{system}"
+        if run["shape"] == model.partition("/")[2].lower()
+        and figure["key"] == f"e2e_vllm/kv_of_an_engine/{system}"
         and run["cases"]["e2e_vllm"]["engine"]["gpu_memory_utilization"] == utilization
     ]
     assert len(reported) == 1
