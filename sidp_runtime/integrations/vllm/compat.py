@@ -231,6 +231,16 @@ def optional_parameters(model: Any) -> list[str]:
     ]
 
 
+def check_token_wise(linear: str, method: Any) -> None:
+    """A row of a CaS request may not depend on the others: owners compute more rows than were asked for."""
+    scale = getattr(getattr(method, "activation_quant_key", None), "scale", None)
+    if scale is not None and not scale.static and scale.group_shape.is_per_tensor():
+        raise UnsupportedError(
+            f"{linear} has {type(method).__name__}, which scales all rows of a step by the largest; CaS computes rows "
+            "by themselves: use mode 'was'"
+        )
+
+
 def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:
     """Makes piecewise CUDA graphs end at these operators, which then run between them."""
     compilation = vllm_config.compilation_config

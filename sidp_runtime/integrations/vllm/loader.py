@@ -189,6 +189,8 @@ def _ops(pool: WeightPool, blocks: Sequence[nn.Module], dtype: torch.dtype) -> l
     if activation != "SiluAndMul":
         raise UnsupportedError(f"the MLP's activation is {activation}; CaS knows SiluAndMul: use mode 'was'")
     linears = pooled_linears(first)
+    for name, linear in linears.items():
+        compat.check_token_wise(name, linear.quant_method)
 
     def multiply(w: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         return apply(stand_ins({name: linears[name]}, w)[name], linears[name].quant_method, x)

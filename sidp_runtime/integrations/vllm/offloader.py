@@ -159,7 +159,7 @@ def _check_like(index: int, linears: Linears, layout: tuple[TensorSpec, ...], ch
     names |= {name for name in {*chosen, *choices} if chosen.get(name) != choices.get(name)}
     if names:
         raise UnsupportedError(
-            f"after loading, {', '.join(sorted(names))} of decoder layer {index} is not as in layer 0: a quantisation "
-            "that decides by the weights cannot be pooled",
+            f"after loading, {', '.join(sorted(names))} of decoder layer {index} is not as of every layer: a "
+            "quantisation that decides by the weights cannot be pooled",
             layer=index,
         )
