@@ -33,6 +33,7 @@ class Halved(LinearMethodBase):
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        assert layer.weight_scale_inv.max() > 0
         layer.weight = nn.Parameter((layer.weight / layer.weight_scale_inv.max()).t(), requires_grad=False)
         layer.weight_scale = nn.Parameter(layer.weight_scale_inv.max().detach(), requires_grad=False)
         layer.weight_scale_inv = layer.input_scale = None
@@ -63,7 +64,7 @@ def block(method: Callable[[], Any]) -> nn.Module:
         nn.Module.__init__(linear)
         linear.weight = nn.Parameter(torch.zeros(ROWS, COLUMNS), requires_grad=False)
         linear.weight_scale_inv = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
-        linear.register_parameter("bias", None)
+        linear.bias = nn.Parameter(torch.zeros(ROWS), requires_grad=False)
         linear.skip_bias_add = False
         linear.quant_method = method()
         parent, _, short = name.partition(".")
@@ -89,7 +90,7 @@ class FakePool:
 
 
 class Filled:
-    """A model of some layers on a pool, each filled with its number, plus two, and scales of two."""
+    """A model of some layers on a pool, each filled with its number plus two, scales of two and biases of 100."""
 
     def __init__(self, method: Callable[[], Any] = Halved) -> None:
         self.offloader = PoolOffloader(LAYERS)
@@ -103,6 +104,7 @@ class Filled:
         for linear in pooled_linears(self.blocks[layer]).values():
             linear.weight.data.fill_(layer + 2)
             linear.weight_scale_inv.data.fill_(2)
+            linear.bias.data.fill_(100)
 
     def fill(self) -> FakePool:
         pool: Any = self.offloader.fill(FakePool, self.load)  # type: ignore[arg-type]
@@ -126,8 +128,8 @@ def test_layers_are_built_in_the_memory_of_one() -> None:
             yield made
 
     blocks = PoolOffloader(LAYERS).wrap_modules(built())
-    assert len({value.data_ptr() for made in blocks for value in made.parameters()}) == 2 * len(LINEARS)
-    assert len(places) > 2 * len(LINEARS), "they would have been where they are in any case"
+    assert len({value.data_ptr() for made in blocks for value in made.parameters()}) == 3 * len(LINEARS)
+    assert len(places) > 3 * len(LINEARS), "they would have been where they are in any case"
 
 
 @pytest.mark.parametrize("method", [Halved, HalvedInPlace])
@@ -140,7 +142,7 @@ def test_what_a_method_leaves_is_pooled_and_processed_once(method: type) -> None
     spec = pool.layers[0].tensor("layers.0.mlp.down_proj.weight")
     assert (spec.shape, spec.strides) == ((COLUMNS, ROWS), (1, COLUMNS))
     assert pool.layers[0].tensor("layers.0.mlp.down_proj.weight_scale").shape == ()
-    assert len(pool.layers[0].tensors) == 2 * len(LINEARS)
+    assert len(pool.layers[0].tensors) == 3 * len(LINEARS)
     for layer, made in enumerate(filled.blocks):
         views = pool.layer_view(layer) if layer in LOCAL else pool.ring_view(layer)
         for name, linear in pooled_linears(made).items():
@@ -148,7 +150,7 @@ def test_what_a_method_leaves_is_pooled_and_processed_once(method: type) -> None
             assert isinstance(linear.quant_method, Halved)
             assert linear.padding == 17
             y = apply(linear, linear.quant_method, torch.ones(1, COLUMNS))
-            assert torch.equal(y, torch.full((1, ROWS), (layer + 2.0) * COLUMNS if layer in LOCAL else 0.0))
+            assert torch.equal(y, torch.full((1, ROWS), (layer + 2.0) * COLUMNS + 100 if layer in LOCAL else 0.0))
 
 
 def test_an_op_computes_what_the_method_does_on_another_layers_tensors() -> None:
@@ -159,7 +161,7 @@ def test_an_op_computes_what_the_method_does_on_another_layers_tensors() -> None
     names = {t.name.removeprefix("layers.2."): t.name for t in pool.layers[2].tensors}
     views = pool.layer_view(2)
     other = stand_ins(linears, {short: views[name] for short, name in names.items()})["mlp.down_proj"]
-    assert torch.equal(apply(other, Halved(), torch.ones(1, COLUMNS)), torch.full((1, ROWS), 4.0 * COLUMNS))
+    assert torch.equal(apply(other, Halved(), torch.ones(1, COLUMNS)), torch.full((1, ROWS), 4.0 * COLUMNS + 100))
     assert linears["mlp.down_proj"].weight.data_ptr() == pool.layer_view(0)["layers.0.mlp.down_proj.weight"].data_ptr()
     assert kernels_of({"mlp.down_proj": other}) == "mlp.down_proj Halved()"
 
@@ -260,3 +262,20 @@ def test_made_up_fp8_weights_have_scales_above_zero() -> None:
     assert weight.isfinite().all()
     assert 0.9 < float(weight.std()) < 1.1
     assert all(float(value.min()) >= 0.02 and float(value.max()) <= 0.03 for value in scales)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", 3),
+        ("model.layers.12.mlp.gate_up_proj.weight_scale_inv", 12),
+        ("model.layers.0.mlp.down_proj.input_scale", 0),
+        ("model.layers.3.self_attn.k_proj.k_scale", None),  # of the KV cache: every rank needs them
+        ("model.layers.3.self_attn.k_proj.output_scale", None),
+        ("model.layers.3.self_attn.q_norm.weight", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_stored_tensors_that_only_their_layers_owner_reads(name: str, layer: int | None) -> None:
+    stored = weights._STORED.search(name)
+    assert (stored and int(stored[1])) == layer
