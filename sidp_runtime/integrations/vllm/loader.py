@@ -61,7 +61,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         source: weights.Weights = weights.MadeUpWeights() if dummy else weights.StoredWeights(model, model_config.model)
         rest = dict(model.named_parameters())
         for name in compat.optional_parameters(model):
-            del rest[name]
+            rest.pop(name, None)
         by_layer = [{name: rest.pop(name) for name in names} for names in offloader.names_in(model)]
         offloader.fill(self._make_pool, lambda layer: source.fill(layer, by_layer[layer]))
         source.fill(None, rest)
