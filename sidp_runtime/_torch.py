@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.dlpack import from_dlpack
 
 from . import _C
-from .errors import PeerDeadError, ShapeError, UnsupportedError
+from .errors import ConfigError, PeerDeadError, ShapeError, UnsupportedError
 from .manifest import DTYPE_BYTES, LayerSpec, TensorSpec
 from .ops import Op, OpProgram
 
@@ -132,6 +132,18 @@ def _tcp_store(host: str, port: int, **options: Any) -> Store:
 
 
 # --- Ops ------------------------------------------------------------------------------------------------------------
+
+
+def program_of(op: Op, specs: Mapping[str, TensorSpec], device: int | None) -> OpProgram:
+    """What the op is: traced, or on a GPU as it says itself. ``ConfigError`` if it says something else than is seen."""
+    if device is not None and op.outputs:
+        columns, dtypes = zip(*op.outputs, strict=True)
+        return OpProgram(tuple(specs), (), (), columns, dtypes)
+    program = capture(op, specs)
+    seen = tuple(zip(program.output_columns, program.output_dtypes, strict=True))
+    if op.outputs not in ((), seen):
+        raise ConfigError(f"op {op.name!r} says that it gives {op.outputs} (columns, dtype), and gives {seen}")
+    return program
 
 
 def capture(op: Op, specs: Mapping[str, TensorSpec]) -> OpProgram:

@@ -23,6 +23,10 @@ class Op:
     then runs at the owner without Python, so it may use its weights and ``x`` alone, must be token-wise (row i of the
     result depends on row i of ``x``), and may not look at the number of rows. ``weights`` names, for each layer that
     has the op, the tensors that the function sees: ``{layer index: {short name: tensor name}}``.
+
+    ``outputs``: columns and dtype of each result. Where they are given the function is not looked into on a GPU, so it
+    may call kernels that only run there; it must do the same on all ranks, which compare ``kernel``, words for what
+    computes it.
     """
 
     name: str
@@ -30,6 +34,8 @@ class Op:
     in_features: int
     dtype: str
     weights: Mapping[int, Mapping[str, str]]
+    outputs: tuple[tuple[int, str], ...] = ()
+    kernel: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:

@@ -146,7 +146,7 @@ class Runtime:
                 op.in_features * DTYPE_BYTES[op.dtype] + program.out_row_bytes
                 for op, program in zip(ops, programs, strict=True)
             ),
-            element_bytes=DTYPE_BYTES[pool.layers[0].tensors[0].dtype],
+            element_bytes=DTYPE_BYTES[max(pool.layers[0].tensors, key=lambda t: t.num_bytes).dtype],
             profile=self.policy.profile.core,
             fixed=self.policy.fixed_mode,
             fixed_sizes=self.policy.fixed_sizes,
@@ -201,7 +201,7 @@ class Runtime:
             specs = op.specs(self.pool.layers, layer)
             key = tuple((short, s.shape, s.strides, s.dtype) for short, s in specs.items())
             if key not in captured:
-                captured[key] = _torch.capture(op, specs)
+                captured[key] = _torch.program_of(op, specs, self._device)
             program = self._programs[index, layer] = captured[key]
             kernels[layer] = (
                 _torch.make_kernel(op, program, self.pool.layers[layer], specs)
@@ -213,7 +213,7 @@ class Runtime:
             raise ConfigError(f"op {op.name!r} gives other columns or dtypes in some layers; make it two ops")
         return _C.Op(
             name=op.name,
-            description=" ".join(sorted(map(repr, captured.values()))),
+            description=" ".join([op.kernel, *sorted(map(repr, captured.values()))]),
             in_row_bytes=op.in_features * DTYPE_BYTES[op.dtype],
             out_row_bytes=next(iter(captured.values())).out_row_bytes,
             kernels=kernels,

@@ -212,7 +212,8 @@ def make_ops(context: RankContext, difference: str) -> None:
             return torch.relu(op.function(w, x))
 
     if not (odd and difference == "none"):
-        ops = [Op(name, function, op.in_features, dtype, layers)]
+        kernel = "another" if odd and difference == "kernel" else ""
+        ops = [Op(name, function, op.in_features, dtype, layers, kernel=kernel)]
     rows = 9 if odd and difference == "max_rows" else 8
     with context.group() as group:
         pool = sidp.WeightPool(group, model.layers(), model.placement(3))
@@ -221,7 +222,7 @@ def make_ops(context: RankContext, difference: str) -> None:
         sidp.Runtime(pool, policy=sidp.ModePolicy(PROFILE), ops=ops, max_rows=rows).close()
 
 
-@pytest.mark.parametrize("difference", ["name", "layers", "columns", "max_rows", "function", "none"])
+@pytest.mark.parametrize("difference", ["name", "layers", "columns", "max_rows", "function", "kernel", "none"])
 def test_ranks_that_disagree_about_ops_are_refused(difference: str) -> None:
     with Ranks(make_ops, 3, difference=difference) as ranks:
         for outcome in ranks.join():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import secrets
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from sidp_runtime import _C, _torch
 
 #: Of every engine, with a pool or without: the arithmetic must be the same.
 COMMON: dict[str, Any] = {
@@ -56,6 +61,7 @@ def _serve(
     more: dict[str, Any],
     log: str,
     environment: dict[str, str],
+    prepare: Callable[[], None] | None,
 ) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -72,6 +78,8 @@ def _serve(
         from vllm import LLM, SamplingParams
 
         torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
         if pool is None:
             register_plain_loader()
             chosen: dict[str, Any] = {"load_format": "plain"}
@@ -98,7 +106,10 @@ def _serve(
 
 
 class EngineProcess:
-    """One engine. ``pool``: arguments of ``engine_arguments``; None: plain vLLM. Calls go out before answers come."""
+    """One engine. ``pool``: arguments of ``engine_arguments``; None: plain vLLM. Calls go out before answers come.
+
+    ``prepare`` is called in its process before the engine is made.
+    """
 
     def __init__(
         self,
@@ -107,11 +118,12 @@ class EngineProcess:
         pool: dict[str, Any] | None = None,
         *,
         environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
         **more: Any,
     ) -> None:
         self._log = log
         self._connection, theirs = _context.Pipe()
-        arguments = (theirs, model, pool, more, log, environment or {})
+        arguments = (theirs, model, pool, more, log, environment or {}, prepare)
         self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -150,3 +162,28 @@ class EngineProcess:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+
+@contextlib.contextmanager
+def engines_of(model: Path, folder: Path, kv_bytes: Sequence[int], **more: Any) -> Iterator[list[EngineProcess]]:
+    """Two engines with a pool, still starting, with room for their KV caches."""
+    token = secrets.token_hex(16)
+    store, host, port = _torch.make_store_server()
+    assert store is not None
+    own = {"serve_store": False, "token": token, "setup_ms": 100_000, "deadline_ms": 10_000}
+    with contextlib.ExitStack() as stack:
+        stack.callback(_C.unlink_segments, token, 2)
+        yield [
+            stack.enter_context(
+                EngineProcess(
+                    str(model),
+                    str(folder / f"{rank}.log"),
+                    {"rank": rank, "store": f"{host}:{port}", "own": own, "world_size": 2, "max_rows": 64},
+                    kv_cache_memory_bytes=kv_bytes[rank],
+                    **more,
+                )
+            )
+            for rank in range(2)
+        ]
+    assert not [path for path in Path("/dev/shm").iterdir() if token in path.name]
+    assert len(list(folder.glob("vllm_dist_*"))) >= 2  # not in a directory that nobody empties

@@ -13,6 +13,7 @@ def plain_settings() -> SimpleNamespace:
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1, enable_dbo=False
         ),
         model_config=SimpleNamespace(quantization=None, enable_sleep_mode=False),
+        quant_config=None,
         lora_config=None,
         speculative_config=None,
         compilation_config=SimpleNamespace(

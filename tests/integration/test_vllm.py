@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -18,10 +16,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs these tests where it is")
 
 from helpers import static_graphs
-from helpers.vllm_engine import COMMON, EngineProcess
+from helpers.vllm_engine import COMMON, EngineProcess, engines_of
 from helpers.vllm_model import save_real_model
 
-from sidp_runtime import _C, _torch
 from sidp_runtime.integrations.tokenizer import HfTokenizer
 from sidp_runtime.job import JobConfig, run
 
@@ -72,36 +69,11 @@ class Pair:
             engine.ask("sidp_pin_mode", mode)
 
 
-@contextlib.contextmanager
-def engines_of(model: Path, folder: Path, **more: Any) -> Iterator[list[EngineProcess]]:
-    """Two engines with a pool, still starting."""
-    token = secrets.token_hex(16)
-    store, host, port = _torch.make_store_server()
-    assert store is not None
-    own = {"serve_store": False, "token": token, "setup_ms": 100_000, "deadline_ms": 10_000}
-    with contextlib.ExitStack() as stack:
-        stack.callback(_C.unlink_segments, token, 2)
-        yield [
-            stack.enter_context(
-                EngineProcess(
-                    str(model),
-                    str(folder / f"{rank}.log"),
-                    {"rank": rank, "store": f"{host}:{port}", "own": own, "world_size": 2, "max_rows": 64},
-                    kv_cache_memory_bytes=KV_BYTES[rank],
-                    **more,
-                )
-            )
-            for rank in range(2)
-        ]
-    assert not [path for path in Path("/dev/shm").iterdir() if token in path.name]
-    assert len(list(folder.glob("vllm_dist_*"))) >= 2  # not in a directory that nobody empties
-
-
 @pytest.fixture(scope="module")
 def pair(model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("engines")
     loads = (prompts, prompts[-2:])
-    with engines_of(model, folder) as engines:
+    with engines_of(model, folder, KV_BYTES) as engines:
         with EngineProcess(str(model), str(folder / "plain.log"), kv_cache_memory_bytes=KV_BYTES[0]) as plain:
             blocks = [plain.answer(), *(engine.answer() for engine in engines)]
             expected = []
@@ -175,7 +147,7 @@ def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
 ) -> None:
     """As piecewise CUDA graphs need it, in both modes; and the tokens are those of plain vLLM."""
     more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
-    with engines_of(model, tmp_path, environment=static_graphs.ENVIRONMENT, **more) as engines:
+    with engines_of(model, tmp_path, KV_BYTES, environment=static_graphs.ENVIRONMENT, **more) as engines:
         graphs = Pair(engines, [engine.answer() for engine in engines], pair.expected, pair.loads)
         for stats in graphs.stats():  # of the warm-up nothing is counted, sent or learnt
             assert stats["steps_broken_off"] > 0

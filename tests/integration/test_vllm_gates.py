@@ -63,8 +63,13 @@ def test_a_missing_hook_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         compat.check_hooks()
 
 
-def test_plain_settings_are_taken() -> None:
-    compat.check_settings(plain_settings())
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_plain_settings_are_taken(quantization: str | None) -> None:
+    given = plain_settings()
+    given.model_config.quantization = quantization
+    if quantization is not None:
+        given.quant_config = SimpleNamespace(is_checkpoint_fp8_serialized=True)
+    compat.check_settings(given)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,8 @@ def test_plain_settings_are_taken() -> None:
         ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size"),
         ("parallel_config", "data_parallel_size", 2, "lock-step"),
         ("parallel_config", "enable_dbo", True, "enable_dbo"),
-        ("model_config", "quantization", "fp8", "'fp8'"),
+        ("model_config", "quantization", "awq", "'awq': give a checkpoint that is fp8, bf16"),
+        ("", "quant_config", SimpleNamespace(is_checkpoint_fp8_serialized=False), "quantised while they are loaded"),
         ("model_config", "enable_sleep_mode", True, "sleep mode"),
         ("", "lora_config", object(), "LoRA"),
         ("", "speculative_config", object(), "speculative"),
@@ -272,7 +278,7 @@ def test_a_store_is_host_and_port(store: str) -> None:
 
 
 def test_layers_of_another_form_are_refused() -> None:
-    offloader = PoolOffloader(1, lambda layers: pytest.fail("a pool was made"))
+    offloader = PoolOffloader(1)
     with pytest.raises(UnsupportedError, match=r"a Linear has no self_attn\.qkv_proj"):
         offloader.wrap_modules(layer for layer in [torch.nn.Linear(2, 2)])
 
@@ -281,14 +287,12 @@ def test_made_up_weights_depend_on_their_names_alone() -> None:
     def model() -> torch.nn.Module:
         return torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("first", "second")})
 
-    one, other = model(), model()
-    remote = {next(other["second"].parameters())}  # type: ignore[index]
-    weights.make_up(one, set())
-    weights.make_up(other, remote)
-    first, second = one.parameters()
-    assert not torch.equal(first, second)
-    assert torch.equal(first, next(other.parameters()))
-    assert not torch.equal(second, next(iter(remote)))
+    one, other = dict(model().named_parameters()), dict(model().named_parameters())
+    weights.MadeUpWeights().fill(None, one)
+    weights.MadeUpWeights().fill(0, {"second.weight": other["second.weight"]})
+    assert not torch.equal(one["first.weight"], one["second.weight"])
+    assert torch.equal(one["second.weight"], other["second.weight"])
+    assert not torch.equal(one["first.weight"], other["first.weight"])
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,36 @@ def test_handles_of_runtimes_are_never_given_twice() -> None:
     del first
     second = Fake()
     assert _torch.register_runtime(second) != handle  # type: ignore[arg-type]
+
+
+def declared(function: Callable[[Weights, torch.Tensor], Any], *outputs: tuple[int, str]) -> Op:
+    return Op("op", function, HIDDEN, "float32", {0: NAMES}, outputs, "words")
+
+
+def kernel_of_a_gpu(w: Weights, x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("it was called without data")
+
+
+def test_an_op_that_says_what_it_gives_is_not_looked_into_on_a_gpu() -> None:
+    op = declared(kernel_of_a_gpu, (4, "bfloat16"), (2, "float32"))
+    program = _torch.program_of(op, op.specs([LAYER], 0), 0)
+    assert (program.output_columns, program.output_dtypes) == ((4, 2), ("bfloat16", "float32"))
+    assert program.out_row_bytes == 4 * 2 + 2 * 4
+    assert program.weight_names == tuple(NAMES)
+    with pytest.raises(UnsupportedError, match="cannot be captured"):
+        _torch.program_of(op, op.specs([LAYER], 0), None)
+    silent = declared(kernel_of_a_gpu)
+    with pytest.raises(UnsupportedError, match="cannot be captured"):
+        _torch.program_of(silent, silent.specs([LAYER], 0), 0)
+
+
+@pytest.mark.parametrize("outputs", [((5, "float32"),), ((4, "bfloat16"),), ((4, "float32"), (4, "float32"))])
+def test_an_op_that_says_something_else_than_it_gives(outputs: tuple[tuple[int, str], ...]) -> None:
+    def linear(w: Weights, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, w["w"])
+
+    right = declared(linear, (4, "float32"))
+    assert _torch.program_of(right, right.specs([LAYER], 0), None).calls
+    wrong = declared(linear, *outputs)
+    with pytest.raises(ConfigError, match=r"op 'op' says that it gives .*, and gives \(\(4, 'float32'\),\)"):
+        _torch.program_of(wrong, wrong.specs([LAYER], 0), None)

@@ -17,6 +17,9 @@ from ...errors import UnsupportedError
 #: Lowest version, and the first one above the highest, whose hooks were read: (major, minor).
 OLDEST, BEYOND = (0, 20), (0, 34)
 
+#: Quantisations of checkpoints, as vLLM names them, beside none.
+QUANTIZATIONS = ("fp8",)
+
 # Module, dotted name in it, leading parameters. All of 0.20.2, 0.32.0 and 0.33.0.
 _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.model_executor.model_loader", "register_model_loader", ("load_format",)),
@@ -32,6 +35,17 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
     ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.process_weights_after_loading", ("self", "layer")),
+    ("vllm.model_executor.layers.quantization.fp8", "Fp8LinearMethod.apply", ("self", "layer", "x", "bias")),
+    (
+        "vllm.model_executor.layers.quantization.fp8",
+        "Fp8LinearMethod.process_weights_after_loading",
+        ("self", "layer"),
+    ),
+    (
+        "vllm.model_executor.layers.quantization.kv_cache",
+        "BaseKVCacheMethod.process_weights_after_loading",
+        ("self", "layer"),
+    ),
     (
         "vllm.compilation.cuda_graph",
         "CUDAGraphWrapper.__init__",
@@ -93,9 +107,14 @@ def check_settings(vllm_config: Any) -> None:
         (parallel.data_parallel_size > 1, "a lock-step data-parallel group: start independent engines"),
         (bool(getattr(parallel, "enable_dbo", False)), "enable_dbo: a step would be two interleaved ones"),
         (
-            model.quantization is not None,
-            f"quantization {model.quantization!r}: its layout is only known after vLLM has rewritten the weights; "
-            "give a bf16, fp16 or fp32 checkpoint",
+            model.quantization not in (None, *QUANTIZATIONS),
+            f"quantization {model.quantization!r}: give a checkpoint that is {', '.join(QUANTIZATIONS)}, bf16, fp16 or "
+            "fp32",
+        ),
+        (
+            # vLLM up to 0.2x
+            not getattr(vllm_config.quant_config, "is_checkpoint_fp8_serialized", True),
+            "weights that are quantised while they are loaded: give a checkpoint that is fp8",
         ),
         (vllm_config.lora_config is not None, "LoRA: adapters wrap the pooled linears"),
         (vllm_config.speculative_config is not None, "speculative decoding: the draft would need a pool of its own"),
@@ -205,6 +224,28 @@ def keep_weights_plain(model: Any) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod):
             module._cpu_skip_gemm_dispatch = True
+
+
+def optional_parameters(model: Any) -> list[str]:
+    """Names of parameters that a checkpoint may lack: scales of a quantised KV cache, which vLLM then sets itself."""
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    return [
+        f"{name}.{short}"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+        for short, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def check_token_wise(linear: str, method: Any) -> None:
+    """A row of a CaS request may not depend on the others: owners compute more rows than were asked for."""
+    scale = getattr(getattr(method, "activation_quant_key", None), "scale", None)
+    if scale is not None and not scale.static and scale.group_shape.is_per_tensor():
+        raise UnsupportedError(
+            f"{linear} has {type(method).__name__}, which scales all rows of a step by the largest; CaS computes rows "
+            "by themselves: use mode 'was'"
+        )
 
 
 def split_graphs_at(vllm_config: Any, ops: tuple[str, ...]) -> None:

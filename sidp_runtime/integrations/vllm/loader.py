@@ -15,10 +15,13 @@ from vllm.model_executor.offloader.base import set_offloader
 
 from ... import Group, LayerSpec, Mode, ModePolicy, Op, Placement, Runtime, WeightPool, _torch, _torch_gpu
 from ... import config as environment
+from ..._torch import name_of
 from ...errors import UnsupportedError, UsageError
+from ...ops import OpFunction
 from . import compat, settings, weights
 from .engine import Engine, set_engine
-from .offloader import PoolOffloader, check_places, pooled_parameters
+from .linears import apply, kernels_of, pooled_linears, stand_ins
+from .offloader import MakePool, PoolOffloader
 from .step import OPERATORS, StepState, compute, set_state
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only below its own name
@@ -38,32 +41,31 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         compat.check_hooks()
         self._offloader: PoolOffloader | None = None
         self._settings: settings.Settings | None = None
+        self._make_pool: MakePool | None = None
         self._load: dict[str, Any] = {}
 
     def download_model(self, model_config: Any) -> None:
         """Nothing: the model is a directory."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Called by vLLM once the model is built. The weights of a published pool cannot be changed."""
+        """Called by vLLM once the model is built; it makes the pool. A published pool's weights cannot be changed."""
         offloader, chosen = self._offloader, self._settings
-        if offloader is None or chosen is None:
+        if offloader is None or chosen is None or self._make_pool is None:
             raise UsageError("weights in a pool are loaded once, when the model is built; reloading is not supported")
-        pool = offloader.pool
-        if pool is None:
+        if not offloader.blocks:
             raise UnsupportedError(
                 f"{type(model).__name__} does not build its decoder layers with vLLM's make_layers, so none was pooled"
             )
         compat.keep_weights_plain(model)
-        remote = {
-            value
-            for index, block in enumerate(offloader.blocks)
-            if not pool.is_local(index)
-            for value in pooled_parameters(block).values()
-        }
-        if chosen.pool.weights == "dummy":
-            report, stored = weights.make_up(model, remote), 0
-        else:
-            report, stored = weights.read_checkpoint(model, model_config.model, pool.is_local, remote)
+        dummy = chosen.pool.weights == "dummy"
+        source: weights.Weights = weights.MadeUpWeights() if dummy else weights.StoredWeights(model, model_config.model)
+        rest = dict(model.named_parameters())
+        for name in compat.optional_parameters(model):
+            rest.pop(name, None)
+        by_layer = [{name: rest.pop(name) for name in names} for names in offloader.names_in(model)]
+        offloader.fill(self._make_pool, lambda layer: source.fill(layer, by_layer[layer]))
+        source.fill(None, rest)
+        report, stored = source.report()
         self._load = {**vars(report), "checkpoint_bytes": stored}
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
@@ -83,18 +85,19 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         group = _join(chosen)
         taken.mark("group")
         num_layers = int(model_config.hf_text_config.num_hidden_layers)
-        self._offloader = offloader = PoolOffloader(num_layers, functools.partial(_make_pool, group, chosen, taken))
+        self._offloader = offloader = PoolOffloader(num_layers)
+        self._make_pool = functools.partial(_make_pool, group, chosen, taken)
         set_offloader(offloader)  # after the runner set its own, before any layer is built
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
             pool = offloader.pool
             assert pool is not None  # load_weights has looked
-            check_places(offloader.blocks, pool)
+            offloader.give_methods_back()
             pool.publish()
             taken.mark("model")
             with torch.no_grad():
                 captured = compat.captured_rows(vllm_config)
-                runtime = _make_runtime(pool, chosen, offloader.blocks, captured, owners_engines)
+                runtime = _make_runtime(pool, chosen, offloader.blocks, model_config.dtype, captured, owners_engines)
             if on_gpu:
                 group.barrier("vllm/made")  # so that the peers' share of this GPU is counted
             taken.mark("runtime")
@@ -103,7 +106,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
                 offloader.pool.close()
             raise
         finally:
-            self._offloader = None
+            self._offloader = self._make_pool = None
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
         install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
@@ -158,6 +161,7 @@ def _make_runtime(
     pool: WeightPool,
     chosen: settings.Settings,
     blocks: Sequence[nn.Module],
+    dtype: torch.dtype,
     captured: Sequence[int],
     owners_engines: bool,
 ) -> Runtime:
@@ -167,7 +171,7 @@ def _make_runtime(
         pool,
         # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
         policy=ModePolicy.calibrated_in_turns(pool),
-        ops=_ops(pool, blocks) if wanted else (),
+        ops=_ops(pool, blocks, dtype) if wanted else (),
         max_rows=max_rows,
         row_buckets=row_buckets(max_rows, captured) if wanted and captured else None,
         owners_engines=owners_engines,
@@ -175,42 +179,48 @@ def _make_runtime(
     )
 
 
-def _ops(pool: WeightPool, blocks: Sequence[nn.Module]) -> list[Op]:
-    """At most three round trips a layer: the projections of the attention's input, of its output, and the MLP."""
-    dtype = pool.layers[0].tensors[0].dtype
+def _ops(pool: WeightPool, blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[Op]:
+    """At most three round trips a layer: the projections of the attention's input, of its output, and the MLP.
+
+    Each computes what the linears' methods do, on tensors of any layer: the layers differ in nothing else.
+    """
     first: Any = blocks[0]
     activation = type(first.mlp.act_fn).__name__
     if activation != "SiluAndMul":
         raise UnsupportedError(f"the MLP's activation is {activation}; CaS knows SiluAndMul: use mode 'was'")
+    linears = pooled_linears(first)
+    for name, linear in linears.items():
+        compat.check_token_wise(name, linear.quant_method)
 
-    def bound(*linears: str) -> dict[int, dict[str, str]]:
-        """Weights by short name: ``qkv_proj.weight``, ``qkv_proj.bias``."""
-        return {
-            i: {t.name.split(".", 3)[3]: t.name for t in layer.tensors if t.name.split(".")[3] in linears}
-            for i, layer in enumerate(pool.layers)
-        }
+    def multiply(w: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+        return apply(stand_ins({name: linears[name]}, w)[name], linears[name].quant_method, x)
 
-    def linear(w: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
-    width = first.mlp.down_proj.input_size_per_partition
+    width = linears["mlp.down_proj"].input_size_per_partition
 
     def mlp(w: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        y = linear(w, "gate_up_proj", x)
-        return linear(w, "down_proj", functional.silu(y[:, :width]) * y[:, width:])
+        y = multiply(w, "mlp.gate_up_proj", x)
+        return multiply(w, "mlp.down_proj", functional.silu(y[:, :width]) * y[:, width:])
 
-    hidden = first.self_attn.qkv_proj.input_size_per_partition
+    def op(name: str, function: OpFunction, *names: str) -> Op:
+        weights = {
+            i: {t.name.removeprefix(f"layers.{i}."): t.name for t in layer.tensors if _linear_of(t.name) in names}
+            for i, layer in enumerate(pool.layers)
+        }
+        outputs = ((linears[names[-1]].output_size_per_partition, name_of(dtype)),)
+        kernel = kernels_of({name: linears[name] for name in names})
+        in_features = linears[names[0]].input_size_per_partition
+        return Op(name, function, in_features, name_of(dtype), weights, outputs, kernel)
+
     return [
-        Op("qkv", lambda w, x: linear(w, "qkv_proj", x), hidden, dtype, bound("qkv_proj")),
-        Op(
-            "output",
-            lambda w, x: linear(w, "o_proj", x),
-            first.self_attn.o_proj.input_size_per_partition,
-            dtype,
-            bound("o_proj"),
-        ),
-        Op("mlp", mlp, hidden, dtype, bound("gate_up_proj", "down_proj")),
+        op("qkv", lambda w, x: multiply(w, "self_attn.qkv_proj", x), "self_attn.qkv_proj"),
+        op("output", lambda w, x: multiply(w, "self_attn.o_proj", x), "self_attn.o_proj"),
+        op("mlp", mlp, "mlp.gate_up_proj", "mlp.down_proj"),
     ]
+
+
+def _linear_of(tensor: str) -> str:
+    """The name in its layer of the linear that a pool's tensor belongs to: ``layers.3.mlp.down_proj.weight``."""
+    return tensor.split(".", 2)[2].rpartition(".")[0]
 
 
 class _ComputedLinear:
@@ -264,16 +274,8 @@ def _after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) ->
 
 
 def _install_computes(index: int, block: Any, state: StepState) -> None:
-    def plain(linear: Any) -> Any:
-        return functools.partial(_apply, linear, linear.quant_method, None if linear.skip_bias_add else linear.bias)
-
     for op, linear in (("qkv", block.self_attn.qkv_proj), ("output", block.self_attn.o_proj)):
-        state.computes[index, op] = plain(linear)
-        linear.quant_method = _ComputedLinear(index, op, linear.weight.shape[0])
+        state.computes[index, op] = functools.partial(apply, linear, linear.quant_method)
+        linear.quant_method = _ComputedLinear(index, op, linear.output_size_per_partition)
     state.computes[index, "mlp"] = inner = block.mlp
-    block.mlp = _ComputedMlp(inner, index, inner.down_proj.weight.shape[0])
-
-
-def _apply(linear: Any, method: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = method.apply(linear, x, bias)
-    return result
+    block.mlp = _ComputedMlp(inner, index, inner.down_proj.output_size_per_partition)

@@ -7,49 +7,57 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.offloader.base import BaseOffloader
 
 from ... import LayerSpec, TensorSpec, WeightPool
-from ..._torch import name_of
 from ...errors import UnsupportedError
-
-#: The pooled linears of a decoder layer: vLLM's merged ones, of Llama, Qwen2, Qwen3 and their like.
-LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+from .linears import (
+    LINEARS,
+    Linears,
+    ProcessedMethod,
+    choices_of,
+    pooled_linears,
+    process,
+    specs_of,
+    stand_ins,
+    tensors_of,
+)
 
 #: Makes the pool, given all of its layers. Collective.
 MakePool = Callable[[Sequence[LayerSpec]], WeightPool]
 
 
 class PoolOffloader(BaseOffloader):  # type: ignore[misc]
-    """Puts the linears of each decoder layer on the pool as soon as the layer is built.
+    """Puts the linears of each decoder layer on the pool, as vLLM leaves them after loading.
 
-    The layer's own memory goes back to the allocator, so the peak is what the rank owns, its ring and one layer.
-    ``blocks``: the decoder layers; ``pool``: made when the first of them shows its shapes.
+    As built they all lie in the memory of the first layer's, where ``fill`` loads and rewrites one layer after the
+    other. The peak is what the rank owns, its ring and two layers. ``blocks``: the decoder layers; ``pool``: once
+    ``fill`` has seen what a layer is rewritten to.
     """
 
-    def __init__(self, num_layers: int, make_pool: MakePool) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.blocks: list[nn.Module] = []
         self.pool: WeightPool | None = None
         self._num_layers = num_layers
-        self._make_pool = make_pool
+        self._built: tuple[TensorSpec, ...] = ()
 
     def wrap_modules(self, modules_generator: Generator[nn.Module, None, None], prefix: str = "") -> list[nn.Module]:
         """Called by vLLM's ``make_layers``."""
         if self.blocks:
             raise UnsupportedError("the model has a second stack of layers (an encoder or a tower); one can be pooled")
+        shared: dict[str, torch.Tensor] = {}
         for index, block in enumerate(modules_generator):
-            tensors = linear_specs(block)
-            spec = layer_spec(tensors, index)
-            if self.pool is None:
-                self.pool = self._make_pool([layer_spec(tensors, i) for i in range(self._num_layers)])
-            if index >= self._num_layers or spec != self.pool.layers[index]:
+            linears = pooled_linears(block)
+            built = specs_of(linears)
+            self._built = self._built or built
+            if index >= self._num_layers or built != self._built:
                 raise UnsupportedError(
-                    f"decoder layer {index} with its {spec.num_bytes} bytes is not like layer 0; models whose layers "
-                    "differ are not supported",
+                    f"decoder layer {index} with its {layer_spec(built, index).num_bytes} bytes is not like layer 0; "
+                    "models whose layers differ are not supported",
                     layer=index,
                 )
-            place_on_pool(block, index, self.pool)
+            for name, value in tensors_of(linears).items():
+                value.data = shared.setdefault(name, value.data)
             self.blocks.append(block)
         if len(self.blocks) != self._num_layers:
             raise UnsupportedError(
@@ -59,33 +67,65 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
             )
         return list(self.blocks)
 
+    def names_in(self, model: nn.Module) -> list[list[str]]:
+        """Of each decoder layer, the pooled parameters as they were built, by their names in the model."""
+        prefixes = {id(module): name for name, module in model.named_modules()}
+        return [[f"{prefixes[id(block)]}.{tensor.name}" for tensor in self._built] for block in self.blocks]
 
-def pooled_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the pooled linears by their name in the layer. ``UnsupportedError`` for a layer of another form."""
-    found: dict[str, nn.Parameter] = {}
-    for name in LINEARS:
-        try:
-            linear: Any = block.get_submodule(name)
-        except AttributeError:
-            raise UnsupportedError(
-                f"a {type(block).__name__} has no {name}; supported are dense models of the Llama and Qwen form"
-            ) from None
-        if not isinstance(linear, LinearBase) or type(linear.quant_method) is not UnquantizedLinearMethod:
-            method = type(getattr(linear, "quant_method", None)).__name__
-            raise UnsupportedError(
-                f"{name} of {type(block).__name__} is a {type(linear).__name__} with {method}; linears that are "
-                "quantised are not supported"
-            )
-        found.update((f"{name}.{short}", value) for short, value in linear.named_parameters())
-    return found
+    def fill(self, make_pool: MakePool, load: Callable[[int], None]) -> WeightPool:
+        """Makes the pool and fills this rank's layers: ``load`` puts a layer's weights, as stored, into its linears.
 
+        Afterwards all linears lie on the pool, and vLLM's post-processing passes them by until ``give_methods_back``.
+        """
+        layout = self._processed_layout()
+        self.pool = pool = make_pool([layer_spec(layout, index) for index in range(self._num_layers)])
+        choices: dict[str, Any] = {}
+        for index, block in enumerate(self.blocks):
+            linears = pooled_linears(block)
+            if pool.is_local(index):
+                load(index)
+            else:
+                _make_harmless(linears)
+            process(linears)
+            choices = choices or choices_of(linears)
+            _check_like(index, linears, layout, choices)
+            held = tensors_of(linears)
+            for name, view in _places(pool, index).items():
+                value = held[name]
+                if pool.is_local(index):
+                    view.copy_(value)
+                value.data = view
+            for linear in linears.values():
+                linear.quant_method = ProcessedMethod(linear.quant_method)
+        return pool
 
-def linear_specs(block: nn.Module) -> tuple[TensorSpec, ...]:
-    """The pooled tensors of a layer, vLLM's merged ones, by their name in the layer."""
-    return tuple(
-        TensorSpec(name, tuple(value.shape), name_of(value.dtype), tuple(value.stride()))
-        for name, value in pooled_parameters(block).items()
-    )
+    def _processed_layout(self) -> tuple[TensorSpec, ...]:
+        linears = pooled_linears(self.blocks[0])
+        built = [(value, value.data) for value in tensors_of(linears).values()]
+        copies = stand_ins(linears)
+        _make_harmless(copies)
+        process(copies)
+        layout = specs_of(copies)
+        for value, data in built:  # a method may also have changed what it was given
+            value.data = data
+        return layout
+
+    def give_methods_back(self) -> None:
+        """After vLLM's post-processing. ``UnsupportedError`` if something has moved off the pool meanwhile."""
+        assert self.pool is not None
+        for index, block in enumerate(self.blocks):
+            linears: dict[str, Any] = {name: block.get_submodule(name) for name in LINEARS}
+            for linear in linears.values():
+                linear.quant_method = linear.quant_method.method
+            held = tensors_of(linears)
+            for name, view in _places(self.pool, index).items():
+                value = held.get(name)
+                if value is None or _where(value) != _where(view):
+                    raise UnsupportedError(
+                        f"vLLM replaced {name} of layer {index} while it finished loading: it no longer lies in the "
+                        "pool",
+                        layer=index,
+                    )
 
 
 def layer_spec(tensors: Sequence[TensorSpec], index: int) -> LayerSpec:
@@ -96,21 +136,30 @@ def layer_spec(tensors: Sequence[TensorSpec], index: int) -> LayerSpec:
     )
 
 
-def place_on_pool(block: nn.Module, index: int, pool: WeightPool) -> None:
-    """Points the parameters at the pool: at the rank's own layer, or at the layer's fixed place in the ring."""
+def _places(pool: WeightPool, index: int) -> dict[str, torch.Tensor]:
+    """A layer's tensors, by their name in it, where its linears find them: its own memory, or its place in the ring."""
     views = pool.layer_view(index) if pool.is_local(index) else pool.ring_view(index)
-    for name, value in pooled_parameters(block).items():
-        value.data = views[f"layers.{index}.{name}"]
+    return {name.removeprefix(f"layers.{index}."): view for name, view in views.items()}
 
 
-def check_places(blocks: Sequence[nn.Module], pool: WeightPool) -> None:
-    """After loading: nothing that vLLM did since has moved a parameter off the pool."""
-    for index, block in enumerate(blocks):
-        views = pool.layer_view(index) if pool.is_local(index) else pool.ring_view(index)
-        for name, value in pooled_parameters(block).items():
-            view: torch.Tensor = views[f"layers.{index}.{name}"]
-            if value.data_ptr() != view.data_ptr() or value.shape != view.shape or value.stride() != view.stride():
-                raise UnsupportedError(
-                    f"vLLM replaced {name} of layer {index} while it finished loading: it no longer lies in the pool",
-                    layer=index,
-                )
+def _where(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
+def _make_harmless(linears: Linears) -> None:
+    """Of a layer that is not loaded here only the layout counts; vLLM rewrites any numbers, not any bits."""
+    for value in tensors_of(linears).values():
+        value.data.fill_(1)
+
+
+def _check_like(index: int, linears: Linears, layout: tuple[TensorSpec, ...], choices: dict[str, Any]) -> None:
+    """A layer that is not loaded here is held to be like the others, so what differs may not come from weights."""
+    seen, chosen = set(specs_of(linears)), choices_of(linears)
+    names = {t.name for t in seen.symmetric_difference(layout)}
+    names |= {name for name in {*chosen, *choices} if chosen.get(name) != choices.get(name)}
+    if names:
+        raise UnsupportedError(
+            f"after loading, {', '.join(sorted(names))} of decoder layer {index} is not as of every layer: a "
+            "quantisation that decides by the weights cannot be pooled",
+            layer=index,
+        )

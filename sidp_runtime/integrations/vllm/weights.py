@@ -5,79 +5,107 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..._torch import dtype_of
 from ...errors import CheckpointError, ConfigError, UnsupportedError
-from ...loading import Checkpoint, CheckpointSource, LoadReport
+from ...loading import Checkpoint, CheckpointSource, LoadReport, TensorEntry
 from ...manifest import DTYPE_BYTES, TensorSpec
 
-# Stored linears of a decoder layer: parts of vLLM's merged ones, and the merged ones themselves.
+# Stored linears of a decoder layer: parts of vLLM's merged ones, and the merged ones themselves. Scales of the KV cache
+# may stand below them too; those belong to the attention, which every rank has whole.
 _STORED = re.compile(
-    r"(?:^|\.)layers\.(\d+)\.(?:self_attn\.(?:q|k|v|qkv|o)_proj|mlp\.(?:gate|up|gate_up|down)_proj)\.(?:weight|bias)$"
+    r"(?:^|\.)layers\.(\d+)\.(?:self_attn\.(?:q|k|v|qkv|o)_proj|mlp\.(?:gate|up|gate_up|down)_proj)"
+    r"\.(?:weight|bias|weight_scale|weight_scale_inv|input_scale)$"
 )
 
 
-def read_checkpoint(
-    model: Any, path: str, is_local: Callable[[int], bool], remote: set[nn.Parameter]
-) -> tuple[LoadReport, int]:
-    """Fills the model by its own ``load_weights``; returns what was read, and the bytes of the whole checkpoint.
+class Weights(Protocol):
+    """Where a model's weights come from."""
 
-    ``remote``: parameters that live on the ring; the rest must all be loaded. Peak beside the model: one tensor.
+    def fill(self, layer: int | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Fills ``parameters``, by their name in the model: the pooled ones of a decoder layer, or (None) the rest."""
+
+    def report(self) -> tuple[LoadReport, int]:
+        """What was read, and the bytes of the whole checkpoint."""
+
+
+class StoredWeights:
+    """A checkpoint's, through the model's own ``load_weights``. Peak beside the model: one tensor."""
+
+    def __init__(self, model: Any, path: str) -> None:
+        if not Path(path).is_dir():
+            raise ConfigError(f"model {path!r} is not a directory: download it first, and give the folder")
+        self._checkpoint = Checkpoint.open(path)
+        if self._checkpoint.format != "safetensors":
+            raise UnsupportedError(f"{path} is {self._checkpoint.format}; load_format='sidp' reads safetensors")
+        self._model, self._path = model, path
+        self._begin = time.perf_counter()
+        self._read = self._tensors = self._bytes = 0
+        self._by_layer: dict[int | None, list[TensorEntry]] = {}
+        for entry in sorted(self._checkpoint.entries.values(), key=lambda e: (e.file, e.offset)):
+            stored = _STORED.search(entry.name)
+            self._by_layer.setdefault(int(stored[1]) if stored else None, []).append(entry)
+
+    def fill(self, layer: int | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        """``CheckpointError`` if the checkpoint lacks one."""
+        with CheckpointSource(self._checkpoint) as source:
+            loaded = self._model.load_weights(self._stored(source, self._by_layer.get(layer, [])))
+            self._read += source.bytes_read
+        if not isinstance(loaded, set):
+            raise UnsupportedError(
+                f"{type(self._model).__name__}.load_weights does not say what it loaded, so no gap would show"
+            )
+        if missing := [name for name in parameters if name not in loaded]:
+            raise CheckpointError(f"{self._path} lacks {len(missing)} tensors of the model: {', '.join(missing[:4])}")
+
+    def _stored(self, source: CheckpointSource, entries: list[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in entries:
+            if entry.dtype not in DTYPE_BYTES:
+                raise UnsupportedError(f"tensor {entry.name!r} is stored as {entry.dtype}")
+            spec = TensorSpec(entry.name, entry.shape, entry.dtype)
+            tensor = torch.empty(entry.shape, dtype=dtype_of(entry.dtype), device="cpu")
+            source.read_into(entry.name, tensor.view(-1).view(torch.uint8).numpy().data, spec)
+            self._tensors += 1
+            self._bytes += spec.num_bytes
+            yield entry.name, tensor
+
+    def report(self) -> tuple[LoadReport, int]:
+        seconds = time.perf_counter() - self._begin
+        return LoadReport(self._read, self._bytes, seconds, self._tensors), self._checkpoint.total_bytes
+
+
+class MadeUpWeights:
+    """Random ones, each from its own name: a layer in the wrong place shows. vLLM's dummies are equal in all layers.
+
+    Matrices are normal with a deviation of 0.02 around 0, vectors around 1 (norms) or, biases, around 0. Matrices with
+    scales beside them have a deviation of 1, and the scales are 0.02 to 0.03.
     """
-    if not Path(path).is_dir():
-        raise ConfigError(f"model {path!r} is not a directory: download it first, and give the folder")
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.format != "safetensors":
-        raise UnsupportedError(f"{path} is {checkpoint.format}; load_format='sidp' reads safetensors")
-    begin = time.perf_counter()
-    counts = {"tensors": 0, "bytes": 0}
-    with CheckpointSource(checkpoint) as source:
-        loaded = model.load_weights(_held_tensors(checkpoint, source, is_local, counts))
-        read = source.bytes_read
-    if not isinstance(loaded, set):
-        raise UnsupportedError(f"{type(model).__name__}.load_weights does not say what it loaded, so no gap would show")
-    missing = [name for name, value in model.named_parameters() if value not in remote and name not in loaded]
-    if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} tensors of the model: {', '.join(missing[:4])}")
-    report = LoadReport(read, counts["bytes"], time.perf_counter() - begin, counts["tensors"])
-    return report, checkpoint.total_bytes
 
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._tensors = self._bytes = 0
 
-def _held_tensors(
-    checkpoint: Checkpoint, source: CheckpointSource, is_local: Callable[[int], bool], counts: dict[str, int]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for entry in sorted(checkpoint.entries.values(), key=lambda e: (e.file, e.offset)):
-        stored = _STORED.search(entry.name)
-        if stored is not None and not is_local(int(stored[1])):
-            continue
-        if entry.dtype not in DTYPE_BYTES:
-            raise UnsupportedError(f"tensor {entry.name!r} is stored as {entry.dtype}")
-        spec = TensorSpec(entry.name, entry.shape, entry.dtype)
-        tensor = torch.empty(entry.shape, dtype=dtype_of(entry.dtype), device="cpu")
-        source.read_into(entry.name, tensor.view(-1).view(torch.uint8).numpy().data, spec)
-        counts["tensors"] += 1
-        counts["bytes"] += spec.num_bytes
-        yield entry.name, tensor
+    def fill(self, layer: int | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, value in parameters.items():
+            generator = torch.Generator(device=value.device).manual_seed(zlib.crc32(name.encode()))
+            scaled = value.element_size() == 1  # fp8, for which there are no random numbers
+            numbers = torch.empty(value.shape, device=value.device) if scaled else value.data
+            if name.endswith(("scale", "scale_inv")):
+                numbers.uniform_(0.02, 0.03, generator=generator)
+            else:
+                numbers.normal_(
+                    1.0 if name.endswith("norm.weight") else 0.0, 1.0 if scaled else 0.02, generator=generator
+                )
+            if scaled:
+                value.data.copy_(numbers)
+            self._bytes += value.nbytes
+            self._tensors += 1
 
-
-def make_up(model: nn.Module, remote: set[nn.Parameter]) -> LoadReport:
-    """Random weights, each from its own name: a layer in the wrong place shows. vLLM's dummies are equal in all layers.
-
-    Matrices are normal with a deviation of 0.02 around 0, vectors around 1 (norms) or, biases, around 0.
-    """
-    begin = time.perf_counter()
-    written = count = 0
-    for name, value in model.named_parameters():
-        if value in remote:
-            continue
-        generator = torch.Generator(device=value.device).manual_seed(zlib.crc32(name.encode()))
-        value.data.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
-        written += value.nbytes
-        count += 1
-    return LoadReport(0, written, time.perf_counter() - begin, count)
+    def report(self) -> tuple[LoadReport, int]:
+        return LoadReport(0, self._bytes, time.perf_counter() - self._begin, self._tensors), 0
