@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from sidp_runtime import LayerSpec, _torch
 from sidp_runtime.errors import UnsupportedError
 from sidp_runtime.integrations.vllm import compat, weights
-from sidp_runtime.integrations.vllm.linears import LINEARS, apply, kernels_of, pooled_linears, stand_ins
+from sidp_runtime.integrations.vllm.linears import LINEARS, apply, kernels_of, pooled_linears, product_of, stand_ins
 from sidp_runtime.integrations.vllm.offloader import PoolOffloader
 
 LAYERS, ROWS, COLUMNS = 3, 4, 6
@@ -279,3 +279,38 @@ def test_made_up_fp8_weights_have_scales_above_zero() -> None:
 def test_stored_tensors_that_only_their_layers_owner_reads(name: str, layer: int | None) -> None:
     stored = weights._STORED.search(name)
     assert (stored and int(stored[1])) == layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_put_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    """Where vLLM's method is torch's own product, by torch, else by a copy: the same numbers."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)  # which has a product of its own
+    method = UnquantizedLinearMethod()
+    assert compat.is_torchs_product(method)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert not compat.is_torchs_product(method)
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT")
+    assert not compat.is_torchs_product(type("Other", (UnquantizedLinearMethod,), {})())
+
+    linear: Any = SimpleNamespace(
+        weight=torch.randn(6, 4), bias=torch.randn(6) if bias else None, skip_bias_add=False, quant_method=method
+    )
+    x, applied = torch.randn(3, 4), []
+    expected = nn.functional.linear(x, linear.weight, linear.bias)
+
+    def noted(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        applied.append(layer)
+        return nn.functional.linear(x, layer.weight, bias)
+
+    monkeypatch.setattr(method, "apply", noted)
+    for is_torchs in (True, False):
+        monkeypatch.setattr(compat, "is_torchs_product", lambda method, answer=is_torchs: answer)
+        product, out = product_of(linear), torch.zeros(3, 6)
+        assert product(x, out) is out
+        assert torch.equal(out, expected)
+        assert bool(applied) == (not is_torchs)
+        assert torch.equal(product(x), expected)
+        applied.clear()

@@ -26,15 +26,22 @@ def test_steps_beyond_the_largest_request_are_was_whatever_was_asked_for() -> No
     assert runtime.modes == [Mode.CAS, Mode.WAS, Mode.WAS, Mode.CAS]
 
 
-def test_steps_of_the_warm_up_are_was_and_do_not_count() -> None:
-    runtime: Any = Began()
-    state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS)
-    for warming_up in (True, False):
-        state.warming_up = warming_up
-        state.begin(8)
-        state.end()
-    assert runtime.modes == [Mode.WAS, Mode.CAS]
-    assert runtime.counted == [False, True]
+def test_the_warm_up_takes_no_steps_and_uses_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, gpu, state = whole_graphs(monkeypatch, Mode.CAS)
+    state.computes = {(layer, "op"): lambda x, out=None: x + 1 for layer in (0, 1)}
+    capture(gpu, state, 8)  # leaves the mode of its step behind
+    runtime.calls.clear()
+    state.begin(8)
+    for layer in (0, 1):
+        state.fetch(layer)
+        assert state.compute(layer, "op", torch.zeros(1)) == 1
+        state.release(layer)
+    state.end()
+    assert not runtime.calls
+    state.warming_up = False
+    state.begin(8)
+    state.end()
+    assert runtime.calls[-2:] == [(StepKind.RUN, 8, Mode.WAS), "end"]
 
 
 def test_the_first_step_of_each_size_is_was_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,21 +51,21 @@ def test_the_first_step_of_each_size_is_was_where_asked_for(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     state = StepState(runtime, 2, max_rows=8, configured=Mode.CAS, first_is_was=True)
-    state.begin(8)  # of the warm-up, where much of a step is left out
+    state.begin(8)  # of the warm-up
     state.end()
     state.warming_up = False
     for rows in (8, 8, 4, 8, 4):
         state.begin(rows)
         state.end()
-    assert runtime.modes == [Mode.WAS, Mode.WAS, Mode.CAS, Mode.WAS, Mode.CAS, Mode.CAS]
-    assert runtime.counted == [False, True, True, True, True, True]
-    assert waits == [1, 3]
+    assert runtime.modes == [Mode.WAS, Mode.CAS, Mode.WAS, Mode.CAS, Mode.CAS]
+    assert all(runtime.counted)
+    assert waits == [0, 2]
 
 
 def whole_graphs(monkeypatch: pytest.MonkeyPatch, configured: Mode | None = None) -> tuple[Any, Gpu, StepState]:
     runtime: Any = Began()
     state = StepState(runtime, 2, max_rows=8, configured=configured, first_is_was=True)
-    state.computes[0, "op"] = lambda x: x
+    state.computes[0, "op"] = lambda x, out=None: x
     return runtime, Gpu(monkeypatch, runtime), state
 
 

@@ -226,6 +226,18 @@ def keep_weights_plain(model: Any) -> None:
             module._cpu_skip_gemm_dispatch = True
 
 
+def is_torchs_product(method: Any) -> bool:
+    """Whether a linear's method gives what ``torch.nn.functional.linear`` does, so that torch may put it elsewhere."""
+    import vllm.envs
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    if type(method) is not UnquantizedLinearMethod or vllm.envs.VLLM_BATCH_INVARIANT:
+        return False
+    product = getattr(method, "_gemm_impl", None) or utils.dispatch_unquantized_gemm()  # of the method from 0.2x on
+    return product is utils.default_unquantized_gemm
+
+
 def optional_parameters(model: Any) -> list[str]:
     """Names of parameters that a checkpoint may lack: scales of a quantised KV cache, which vLLM then sets itself."""
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod

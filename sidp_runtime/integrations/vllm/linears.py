@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from ... import TensorSpec
 from ..._torch import name_of
 from ...errors import ConfigError, UnsupportedError
+from . import compat
 
 #: The pooled linears of a decoder layer: vLLM's merged ones, of Llama, Qwen2, Qwen3 and their like.
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -116,8 +117,27 @@ def stand_ins(linears: Linears, tensors: Mapping[str, torch.Tensor] | None = Non
 
 def apply(linear: Any, method: Any, x: torch.Tensor) -> torch.Tensor:
     """What the linear's forward computes: ``[rows, in_features]`` to ``[rows, out_features]``."""
-    result: torch.Tensor = method.apply(linear, x, None if linear.skip_bias_add else linear.bias)
+    result: torch.Tensor = method.apply(linear, x, _bias(linear))
     return result
+
+
+def product_of(linear: Any) -> Callable[..., torch.Tensor]:
+    """The same by its method of now, as ``f(x, out=None)``: in ``out`` if given, without a copy where torch can."""
+    method, can_put = linear.quant_method, compat.is_torchs_product(linear.quant_method)
+
+    def product(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            return apply(linear, method, x)
+        if not can_put:
+            return out.copy_(apply(linear, method, x))
+        bias, weight = _bias(linear), linear.weight.t()
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+
+    return product
+
+
+def _bias(linear: Any) -> torch.Tensor | None:
+    return None if linear.skip_bias_add else linear.bias
 
 
 def kernels_of(linears: Linears) -> str:

@@ -20,9 +20,9 @@ from ...errors import UnsupportedError, UsageError
 from ...ops import OpFunction
 from . import compat, settings, weights
 from .engine import Engine, set_engine
-from .linears import apply, kernels_of, pooled_linears, stand_ins
+from .linears import apply, kernels_of, pooled_linears, product_of, stand_ins
 from .offloader import MakePool, PoolOffloader
-from .step import OPERATORS, StepState, compute, set_state
+from .step import OPERATORS, Compute, StepState, compute, set_state
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only below its own name
 
@@ -275,7 +275,14 @@ def _after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) ->
 
 def _install_computes(index: int, block: Any, state: StepState) -> None:
     for op, linear in (("qkv", block.self_attn.qkv_proj), ("output", block.self_attn.o_proj)):
-        state.computes[index, op] = functools.partial(apply, linear, linear.quant_method)
+        state.computes[index, op] = product_of(linear)
         linear.quant_method = _ComputedLinear(index, op, linear.output_size_per_partition)
-    state.computes[index, "mlp"] = inner = block.mlp
+    inner = block.mlp
+    state.computes[index, "mlp"] = functools.partial(_mlp, inner, product_of(inner.down_proj))
     block.mlp = _ComputedMlp(inner, index, inner.down_proj.output_size_per_partition)
+
+
+def _mlp(inner: Any, down: Compute, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What its forward does."""
+    gate_up, _ = inner.gate_up_proj(x)
+    return down(inner.act_fn(gate_up), out)

@@ -7,7 +7,7 @@ cache of compiled graphs own different layers, and a step's mode is chosen when 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,12 @@ from ..._C import StepKind
 from ...errors import ConfigError, UnsupportedError, UsageError
 from ...runtime import Step
 
-Compute = Callable[[torch.Tensor], torch.Tensor]
+
+class Compute(Protocol):
+    """Of ``[rows, in_features]`` the result, ``[rows, out_features]``, in ``out`` if given."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
+
 
 #: Names by which vLLM splits its graphs.
 OPERATORS = ("sidp::vllm_fetch", "sidp::vllm_release", "sidp::vllm_compute")
@@ -25,9 +30,10 @@ OPERATORS = ("sidp::vllm_fetch", "sidp::vllm_release", "sidp::vllm_compute")
 class StepState:
     """An engine's steps. One thread at a time, vLLM's worker.
 
-    ``warming_up``: at first every step is WaS, and neither counted nor timed: it compiles, or measures memory.
-    ``first_is_was``: on a GPU so is each size's first one after that. What an engine does then for the first time (a
-    kernel loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
+    ``warming_up``: at first calls of the model are no steps, but for captures: they compile, or measure memory, so no
+    layer is copied for them, and their numbers mean nothing. ``first_is_was``: on a GPU each size's first step after
+    that is WaS. What an engine does then for the first time (a kernel loaded, memory page-locked) may wait for the
+    device, as two engines that ask each other for answers must not.
 
     A step that vLLM captures as one CUDA graph keeps its mode: the configured one, or what the policy predicts. vLLM
     launches it without a call of the model; ``launch`` stands around that. Around a graph's first launch the host waits
@@ -77,11 +83,14 @@ class StepState:
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._begin_capture(rows, graph)
             return
+        if self.warming_up:
+            self._is_cas = False
+            return
         mode = self.pinned
-        first = rows in self._untried and not self.warming_up
+        first = rows in self._untried
         if first and mode != Mode.WAS:
             torch.cuda.current_stream().synchronize()  # vLLM runs ahead: of steps that wait for answers
-        if self.warming_up or first or (mode == Mode.CAS and rows > self._max_rows):
+        if first or (mode == Mode.CAS and rows > self._max_rows):
             mode = Mode.WAS
         if first:
             self._untried.discard(rows)
@@ -95,9 +104,11 @@ class StepState:
 
     def end(self) -> None:
         """After it."""
+        if not self._in_step:
+            return
         self._in_step = False
         graph, self._capturing = self._capturing, None
-        self.runtime.end_step(broken_off=self.warming_up and graph is None)
+        self.runtime.end_step(broken_off=False)
         if graph is not None:
             self._graphs[graph] = Mode.CAS if self._is_cas else Mode.WAS
             self._launched.discard(graph)  # vLLM may have dropped an earlier one
@@ -136,19 +147,20 @@ class StepState:
 
     # Streamed layers of WaS steps, and local ones of CaS steps: there it takes turns with what peers ask of its GPU.
     def fetch(self, layer: int) -> None:
-        if self._is_cas == self._local[layer]:
+        if self._in_step and self._is_cas == self._local[layer]:
             self.runtime.fetch_layer(layer)
 
     def release(self, layer: int) -> None:
-        if self._is_cas == self._local[layer]:
+        if self._in_step and self._is_cas == self._local[layer]:
             self.runtime.release_layer(layer)
 
-    def compute(self, layer: int, op: str, x: torch.Tensor, *, borrow: bool = False) -> torch.Tensor:
+    def compute(self, layer: int, op: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Of ``[rows, in_features]``: ``[rows, out_features]``, in ``out`` if given."""
         if not self._is_cas or self._local[layer]:
-            return self.computes[layer, op](x)
-        result = self.runtime.remote_compute(layer, op, x, borrow=borrow)
+            return self.computes[layer, op](x, out)
+        result = self.runtime.remote_compute(layer, op, x, borrow=out is not None)
         assert isinstance(result, torch.Tensor)
-        return result
+        return result if out is None else out.copy_(result)
 
 
 class _Launch:
@@ -187,7 +199,7 @@ def _release(y: torch.Tensor, layer: int) -> None:
 
 
 def _compute(x: torch.Tensor, out: torch.Tensor, layer: int, op: str) -> None:
-    out.copy_(state().compute(layer, op, x, borrow=True))
+    state().compute(layer, op, x, out)
 
 
 def compute(x: torch.Tensor, layer: int, op: str, out_features: int) -> torch.Tensor:
