@@ -327,6 +327,29 @@ void Emulation::check_replay(Workload& workload, Runtime& runtime) {
     due = requests;
     requests += mode == Mode::kCas ? of_a_graph : 0;
   }
+  const auto replay = [&](Mode mode) {
+    runtime.begin_step(stream, 1, StepKind::kReplay, mode);
+    launch(mode);
+    runtime.end_step(/*broken_off=*/false);
+  };
+  for (int i = 0; i < 3; ++i) replay(Mode::kWas);
+  const auto nap = [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(300)); };
+  {
+    const sidp::nvshmem::ContextScope scope(*device_);
+    must(device_->api().cuLaunchHostFunc(current_, nap, nullptr), "cuLaunchHostFunc");
+  }
+  const auto start = Clock::now();
+  for (int i = 0; i < 4; ++i) replay(Mode::kWas);
+  if (Clock::now() - start > std::chrono::milliseconds(200)) throw Mismatch("graphs without requests wait for none");
+  runtime.begin_step(stream, 1, StepKind::kRun, Mode::kCas);
+  workload.forward(runtime, Mode::kCas, -1, random);
+  runtime.end_step(/*broken_off=*/false);
+  runtime.begin_step(stream, 1, StepKind::kReplay, Mode::kWas);
+  const std::uint64_t seen = answered();
+  device_->api().cuStreamSynchronize(current_);
+  if (answered() != seen) throw Mismatch("a graph begins before the requests of calls are answered");
+  launch(Mode::kWas);
+  runtime.end_step(/*broken_off=*/false);
   for (int i = 0; i < 60; ++i) {
     if (i % 10 == 4) {  // calls one by one follow a graph of requests
       runtime.begin_step(stream, 1, StepKind::kRun, Mode::kWas);

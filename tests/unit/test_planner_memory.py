@@ -140,8 +140,7 @@ def test_a_plain_replica_by_hand() -> None:
 @pytest.mark.parametrize(
     ("model", "system", "utilization"),
     [
-        ("Qwen/Qwen3-32B", "dp", 0.57),
-        ("Qwen/Qwen3-32B", "sidp", 0.90),
+        *(("Qwen/Qwen3-32B", system, utilization) for system in ("dp", "sidp") for utilization in (0.57, 0.90)),
         ("Qwen/Qwen2.5-72B", "sidp", 0.90),
         ("meta-llama/Llama-3.1-70B", "sidp", 0.90),
     ],

@@ -15,7 +15,7 @@ constexpr int kAlignments = 20;  // the quickest is the most exact
 constexpr Milliseconds kAlignDeadline{5000};
 constexpr Milliseconds kLeastAtEnd{100};  // for the second comparison, where the streams have used up the deadline
 constexpr double kMostDrift = 1e-5;       // ten times what was seen
-constexpr std::chrono::microseconds kNap{50};
+constexpr std::chrono::microseconds kPause{50};
 
 }  // namespace
 
@@ -61,7 +61,7 @@ TraceMark EventClock::mark(Stream stream) noexcept {
 void EventClock::wait(TraceMark mark, Clock::time_point deadline) noexcept {
   const ContextScope scope(*device_);
   const CUevent event = events_[static_cast<std::size_t>(mark)].get();
-  while (is_pending(device_->api().cuEventQuery(event)) && Clock::now() < deadline) std::this_thread::sleep_for(kNap);
+  while (is_pending(device_->api().cuEventQuery(event)) && Clock::now() < deadline) std::this_thread::sleep_for(kPause);
 }
 
 void EventClock::finish(Clock::time_point deadline) noexcept {

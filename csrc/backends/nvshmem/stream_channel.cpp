@@ -170,13 +170,18 @@ void StreamChannel::begin_step(Requests requests) {
   one_by_one_ = requests == Requests::kOneByOne;
   if (requests == Requests::kCaptured) return;
   const bool is_graph = requests == Requests::kReplayed || requests == Requests::kReplayedNone;
-  if (replayed_) run_ahead_.time([&] { pool_.backend().wait_step_end(options_.deadline, /*but_one=*/is_graph); });
-  if (is_graph) {
-    replayed_ = replayed_ || requests == Requests::kReplayed;
-    return;
+  if (steps_since_graph_ < kStepsAhead) {
+    bool ended = false;
+    run_ahead_.time([&] { ended = pool_.backend().wait_step_end(options_.deadline, /*but_one=*/is_graph); });
+    if (!ended) steps_since_graph_ = kStepsAhead;  // or each step to come would wait as long
   }
-  replayed_ = false;
-  if (!one_by_one_) run_ahead_.settle();
+  if (requests == Requests::kReplayed)
+    steps_since_graph_ = 0;
+  else if (!is_graph)
+    steps_since_graph_ = kStepsAhead;
+  else if (steps_since_graph_ < kStepsAhead)
+    ++steps_since_graph_;
+  if (requests == Requests::kNone || requests == Requests::kReplayedNone) run_ahead_.settle();
 }
 
 void StreamChannel::begin_turn(Stream stream) {

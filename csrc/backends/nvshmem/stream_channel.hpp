@@ -94,6 +94,8 @@ class StreamChannel final : public ActivationChannel {
   [[nodiscard]] CUstream service_stream() const { return service_stream_.get(); }
 
  private:
+  // Steps that may be under way when the next one, a graph, begins; so a graph of requests may be one of the last two.
+  static constexpr int kStepsAhead = 2;
   // Words by rank, on the host and on the device: answers, rows and bytes as an owner; that its rows are not waited for
   // any more as a requester. On the device then the epoch of the rows flags at it as an owner.
   static constexpr std::size_t kCounts = 4;
@@ -179,7 +181,7 @@ class StreamChannel final : public ActivationChannel {
   std::vector<std::atomic<std::uint32_t>> stand_ins_;             // by owner: request word to answer in its place, or 0
   bool in_turn_ = false;                                          // what is enqueued now; the engine's thread
   bool one_by_one_ = false;                                       // the step's requests; likewise
-  bool replayed_ = false;                                         // some may be under way; likewise
+  int steps_since_graph_ = kStepsAhead;                           // of requests, up to this; likewise
   RunAhead run_ahead_;                                            // likewise
   std::uint64_t launched_ = 0;                                    // answers; the service's thread
   std::vector<std::optional<Clock::time_point>> deferred_since_;  // by requester; the service's thread
