@@ -137,6 +137,13 @@ def capture_ops(
     return captured
 
 
+def check_outputs(op: Op, rows: int, y: Any) -> None:
+    """``ConfigError`` if an op gives something else than it says: answers would be put beyond their slot."""
+    found = tuple((block.shape, _torch.name_of(block.dtype)) for block in (y if isinstance(y, (tuple, list)) else (y,)))
+    if op.outputs and found != tuple((torch.Size((rows, columns)), dtype) for columns, dtype in op.outputs):
+        raise ConfigError(f"op {op.name!r} says that it gives {op.outputs} (columns, dtype), and gives {found}")
+
+
 def _capture(
     op: Op,
     weights: Mapping[str, torch.Tensor],
@@ -152,7 +159,7 @@ def _capture(
     x = from_dlpack(view).view(_torch.dtype_of(op.dtype)).view(rows, op.in_features)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     try:
-        op.function(weights, x)  # libraries set themselves up at the first call, which a capture forbids
+        check_outputs(op, rows, op.function(weights, x))  # libraries set themselves up too, which a capture forbids
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=memory, capture_error_mode="thread_local")

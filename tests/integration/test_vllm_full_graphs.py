@@ -113,6 +113,36 @@ def test_vllms_own_wrapper_captures_and_launches_steps(monkeypatch: pytest.Monke
         compat.step_through_graphs(runner, state.launch)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_deep_gemm_warms_up_linears_with_their_own_methods(monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """vLLM 0.20's warm-up tells linears by their method, where an operator may stand."""
+    from vllm.model_executor.warmup import deep_gemm_warmup
+    from vllm.utils import deep_gemm
+
+    from sidp_runtime.integrations.vllm import worker
+
+    linear = SimpleNamespace(quant_method="operator")
+    state = StepState(Began(), 2, max_rows=8)  # type: ignore[arg-type]
+    state.methods.append((linear, "own"))
+    seen: list[Any] = []
+    monkeypatch.setattr(worker, "current", lambda: SimpleNamespace(state=state))
+    monkeypatch.setattr(compat, "load_late_kernels", lambda runner: None)
+    monkeypatch.setattr(deep_gemm, "is_deep_gemm_supported", lambda: True)
+    monkeypatch.setattr(deep_gemm_warmup, "_fp8_linear_may_use_deep_gemm", None, raising=False)
+    if not named:
+        monkeypatch.delattr(deep_gemm_warmup, "_fp8_linear_may_use_deep_gemm")
+    monkeypatch.setattr(
+        deep_gemm_warmup, "deep_gemm_warmup", lambda model, tokens: seen.append((model, tokens, linear.quant_method))
+    )
+    given: Any = object.__new__(worker.SidpWorker)
+    given.model_runner = None
+    given.scheduler_config = SimpleNamespace(max_num_batched_tokens=64)
+    monkeypatch.setattr(worker.SidpWorker, "get_model", lambda self: "model")
+    given._warm_up_more()
+    assert seen == ([("model", 64, "own")] if named else [])
+    assert linear.quant_method == "operator"
+
+
 def test_a_gpus_worker_steps_through_full_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu_worker import Worker

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs these tests where it is")
@@ -17,7 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from sidp_runtime import LayerSpec, _torch
-from sidp_runtime.errors import UnsupportedError
+from sidp_runtime.errors import CheckpointError, UnsupportedError
 from sidp_runtime.integrations.vllm import compat, weights
 from sidp_runtime.integrations.vllm.linears import LINEARS, apply, kernels_of, pooled_linears, product_of, stand_ins
 from sidp_runtime.integrations.vllm.offloader import PoolOffloader
@@ -102,6 +104,7 @@ class Filled:
     def load(self, layer: int) -> None:
         self.loaded.append(layer)
         for linear in pooled_linears(self.blocks[layer]).values():
+            assert not linear.weight_scale_inv.any(), "a loader finds what no layer before has left"
             linear.weight.data.fill_(layer + 2)
             linear.weight_scale_inv.data.fill_(2)
             linear.bias.data.fill_(100)
@@ -171,6 +174,11 @@ class KeepsAWorkspace(Halved):
         layer.workspace = torch.zeros(3)
 
 
+class PacksInItsKernel(Halved):
+    def more(self, layer: Any) -> None:
+        self.kernel = SimpleNamespace(packed=layer.weight.clone())
+
+
 class PacksInside(Halved):
     def more(self, layer: Any) -> None:
         layer.packed = nn.Linear(2, 2)
@@ -206,6 +214,7 @@ class QuantisesOnline(Halved):
     [
         (KeepsAWorkspace, r"KeepsAWorkspace\(\) puts workspace beside the parameters of self_attn\.qkv_proj", True),
         (PacksInside, "puts packed beside the parameters", True),
+        (PacksInItsKernel, "puts its method's kernel.packed beside the parameters", True),
         (KeepsWeights, "keeps the weights of self_attn.qkv_proj to itself", True),
         (PadsStrides, "cannot hold: tensor 'self_attn.qkv_proj.weight': strides", True),
         (QuantisesOnline, "quantises while it loads: give a checkpoint that is fp8", True),
@@ -228,6 +237,20 @@ def test_what_a_pool_cannot_serve(method: type, words: str, before_the_pool: boo
     with pytest.raises(UnsupportedError, match=words):
         start()
     assert bool(made) != before_the_pool
+
+
+def test_buffers_of_a_linear_are_refused_by_name() -> None:
+    made: Any = block(Halved)
+    made.get_submodule("mlp.down_proj").register_buffer("table", torch.zeros(2))
+    with pytest.raises(UnsupportedError, match=r"mlp\.down_proj\.table of a decoder layer are buffers"):
+        PoolOffloader(1).wrap_modules(iter([made]))
+
+
+def test_a_checkpoint_of_more_layers_is_another_models(tmp_path: Path) -> None:
+    save_file({"model.layers.2.self_attn.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    weights.StoredWeights(None, str(tmp_path), 3)
+    with pytest.raises(CheckpointError, match=r"has 'model\.layers\.2\.self_attn\.q_proj\.weight', the model has 2"):
+        weights.StoredWeights(None, str(tmp_path), 2)
 
 
 def test_a_layer_that_moved_off_the_pool_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sidp_runtime import LayerSpec, Op, TensorSpec, _torch
+from sidp_runtime import LayerSpec, Op, TensorSpec, _torch, _torch_gpu
 from sidp_runtime.errors import ConfigError, UnknownNameError, UnsupportedError
 from sidp_runtime.ops import OpProgram
 
@@ -187,3 +187,14 @@ def test_an_op_that_says_something_else_than_it_gives(outputs: tuple[tuple[int, 
     wrong = declared(linear, *outputs)
     with pytest.raises(ConfigError, match=r"op 'op' says that it gives .*, and gives \(\(4, 'float32'\),\)"):
         _torch.program_of(wrong, wrong.specs([LAYER], 0), None)
+
+
+@pytest.mark.parametrize("outputs", [((5, "float32"),), ((4, "bfloat16"),), ((4, "float32"), (4, "float32"))])
+def test_what_an_op_gives_on_a_gpu_is_held_to_what_it_says(outputs: tuple[tuple[int, str], ...]) -> None:
+    """Its answers would else be put beyond their slot."""
+    _torch_gpu.check_outputs(declared(kernel_of_a_gpu, (4, "float32")), 3, torch.zeros(3, 4))
+    _torch_gpu.check_outputs(declared(kernel_of_a_gpu), 3, torch.zeros(3, 4))  # it was traced
+    with pytest.raises(ConfigError, match="op 'op' says that it gives"):
+        _torch_gpu.check_outputs(declared(kernel_of_a_gpu, *outputs), 3, torch.zeros(3, 4))
+    with pytest.raises(ConfigError, match="op 'op' says that it gives"):
+        _torch_gpu.check_outputs(declared(kernel_of_a_gpu, (4, "float32")), 2, (torch.zeros(3, 4),))

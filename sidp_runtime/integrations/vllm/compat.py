@@ -289,6 +289,24 @@ def set_num_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def warm_up_products(worker: Any) -> None:
+    """Compiles DeepGEMM's kernels, on a GPU, for linears that vLLM's warm-up did not know by their method.
+
+    That of 0.20 goes by methods, later ones by what linears say. In mid-run a kernel's first use waits for the device.
+    """
+    import vllm.envs
+    from vllm.model_executor.warmup import deep_gemm_warmup
+    from vllm.utils.deep_gemm import is_deep_gemm_supported
+
+    if (
+        hasattr(deep_gemm_warmup, "_fp8_linear_may_use_deep_gemm")
+        and vllm.envs.VLLM_USE_DEEP_GEMM
+        and vllm.envs.VLLM_DEEP_GEMM_WARMUP != "skip"
+        and is_deep_gemm_supported()
+    ):
+        deep_gemm_warmup.deep_gemm_warmup(worker.get_model(), worker.scheduler_config.max_num_batched_tokens)
+
+
 def load_late_kernels(runner: Any) -> None:
     """Loads, on a GPU, the kernels that vLLM compiles in mid-run, which its own warm-up leaves out.
 

@@ -74,13 +74,19 @@ def process(linears: Linears) -> None:
         method, held = _describe(linear.quant_method), tensors_of({name: linear})
         if f"{name}.weight" not in held:
             raise UnsupportedError(f"{method} keeps the weights of {name} to itself, where a pool cannot reach them")
-        inside = [key for key, value in linear.__dict__.items() if isinstance(value, torch.Tensor)]
+        inside = _tensors_in(linear)
         inside += [key for key, child in linear.named_children() if any(True for _ in child.state_dict())]
+        for key, part in [("", linear.quant_method), *vars(linear.quant_method).items()]:
+            inside += [f"its method's {f'{key}.{inner}'.lstrip('.')}" for inner in _tensors_in(part)]
         if inside:
             raise UnsupportedError(
                 f"{method} puts {', '.join(inside)} beside the parameters of {name}: a layer that is streamed would "
                 "not have it"
             )
+
+
+def _tensors_in(holder: Any) -> list[str]:
+    return [key for key, value in getattr(holder, "__dict__", {}).items() if isinstance(value, torch.Tensor)]
 
 
 def choices_of(linears: Linears) -> dict[str, Any]:

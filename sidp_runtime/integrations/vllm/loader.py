@@ -58,7 +58,11 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             )
         compat.keep_weights_plain(model)
         dummy = chosen.pool.weights == "dummy"
-        source: weights.Weights = weights.MadeUpWeights() if dummy else weights.StoredWeights(model, model_config.model)
+        source: weights.Weights = (
+            weights.MadeUpWeights()
+            if dummy
+            else weights.StoredWeights(model, model_config.model, len(offloader.blocks))
+        )
         rest = dict(model.named_parameters())
         for name in compat.optional_parameters(model):
             rest.pop(name, None)
@@ -276,6 +280,7 @@ def _after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) ->
 def _install_computes(index: int, block: Any, state: StepState) -> None:
     for op, linear in (("qkv", block.self_attn.qkv_proj), ("output", block.self_attn.o_proj)):
         state.computes[index, op] = product_of(linear)
+        state.methods.append((linear, linear.quant_method))
         linear.quant_method = _ComputedLinear(index, op, linear.output_size_per_partition)
     inner = block.mlp
     state.computes[index, "mlp"] = functools.partial(_mlp, inner, product_of(inner.down_proj))

@@ -40,6 +40,7 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
         self.pool: WeightPool | None = None
         self._num_layers = num_layers
         self._built: tuple[TensorSpec, ...] = ()
+        self._unset: dict[str, torch.Tensor] = {}  # all but the matrices, as they were built: loaders may look at that
 
     def wrap_modules(self, modules_generator: Generator[nn.Module, None, None], prefix: str = "") -> list[nn.Module]:
         """Called by vLLM's ``make_layers``."""
@@ -56,8 +57,12 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
                     "models whose layers differ are not supported",
                     layer=index,
                 )
+            if buffers := [f"{name}.{key}" for name, linear in linears.items() for key in linear._buffers]:
+                raise UnsupportedError(f"{', '.join(buffers)} of a decoder layer are buffers, which no loader fills")
             for name, value in tensors_of(linears).items():
                 value.data = shared.setdefault(name, value.data)
+                if index == 0 and not name.endswith(".weight"):
+                    self._unset[name] = value.data.clone()
             self.blocks.append(block)
         if len(self.blocks) != self._num_layers:
             raise UnsupportedError(
@@ -83,6 +88,9 @@ class PoolOffloader(BaseOffloader):  # type: ignore[misc]
         for index, block in enumerate(self.blocks):
             linears = pooled_linears(block)
             if pool.is_local(index):
+                held = tensors_of(linears)
+                for name, value in self._unset.items():
+                    held[name].data.copy_(value)
                 load(index)
             else:
                 _make_harmless(linears)

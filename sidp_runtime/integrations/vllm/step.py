@@ -6,7 +6,8 @@ cache of compiled graphs own different layers, and a step's mode is chosen when 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,7 @@ class StepState:
         self.pinned = configured  # see pin
         self.warming_up = True
         self.computes: dict[tuple[int, str], Compute] = {}  # what a layer's op is without the pool
+        self.methods: list[tuple[Any, Any]] = []  # linears in whose place an operator stands, with their own method
         self._local = [runtime.pool.is_local(layer) for layer in range(num_layers)]
         self._max_rows = max_rows
         self._in_step = False
@@ -74,6 +76,18 @@ class StepState:
                 "cudagraph_mode 'PIECEWISE' or 'NONE', or another mode when it starts"
             )
         self.pinned = self._configured if mode is None else mode
+
+    @contextlib.contextmanager
+    def own_methods(self) -> Iterator[None]:
+        """Meanwhile linears have their own methods, for those who tell linears apart by them."""
+        operators = [linear.quant_method for linear, _ in self.methods]
+        for linear, method in self.methods:
+            linear.quant_method = method
+        try:
+            yield
+        finally:
+            for (linear, _), operator in zip(self.methods, operators, strict=True):
+                linear.quant_method = operator
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 

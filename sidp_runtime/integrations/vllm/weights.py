@@ -38,22 +38,26 @@ class Weights(Protocol):
 class StoredWeights:
     """A checkpoint's, through the model's own ``load_weights``. Peak beside the model: one tensor."""
 
-    def __init__(self, model: Any, path: str) -> None:
+    def __init__(self, model: Any, path: str, num_layers: int) -> None:
         if not Path(path).is_dir():
             raise ConfigError(f"model {path!r} is not a directory: download it first, and give the folder")
         self._checkpoint = Checkpoint.open(path)
         if self._checkpoint.format != "safetensors":
             raise UnsupportedError(f"{path} is {self._checkpoint.format}; load_format='sidp' reads safetensors")
         self._model, self._path = model, path
-        self._begin = time.perf_counter()
         self._read = self._tensors = self._bytes = 0
+        self._seconds = 0.0
         self._by_layer: dict[int | None, list[TensorEntry]] = {}
         for entry in sorted(self._checkpoint.entries.values(), key=lambda e: (e.file, e.offset)):
             stored = _STORED.search(entry.name)
-            self._by_layer.setdefault(int(stored[1]) if stored else None, []).append(entry)
+            layer = int(stored[1]) if stored else None
+            if layer is not None and layer >= num_layers:
+                raise CheckpointError(f"{path} has {entry.name!r}, the model has {num_layers} decoder layers")
+            self._by_layer.setdefault(layer, []).append(entry)
 
     def fill(self, layer: int | None, parameters: Mapping[str, nn.Parameter]) -> None:
         """``CheckpointError`` if the checkpoint lacks one."""
+        begin = time.perf_counter()
         with CheckpointSource(self._checkpoint) as source:
             loaded = self._model.load_weights(self._stored(source, self._by_layer.get(layer, [])))
             self._read += source.bytes_read
@@ -63,6 +67,7 @@ class StoredWeights:
             )
         if missing := [name for name in parameters if name not in loaded]:
             raise CheckpointError(f"{self._path} lacks {len(missing)} tensors of the model: {', '.join(missing[:4])}")
+        self._seconds += time.perf_counter() - begin
 
     def _stored(self, source: CheckpointSource, entries: list[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
         for entry in entries:
@@ -76,8 +81,7 @@ class StoredWeights:
             yield entry.name, tensor
 
     def report(self) -> tuple[LoadReport, int]:
-        seconds = time.perf_counter() - self._begin
-        return LoadReport(self._read, self._bytes, seconds, self._tensors), self._checkpoint.total_bytes
+        return LoadReport(self._read, self._bytes, self._seconds, self._tensors), self._checkpoint.total_bytes
 
 
 class MadeUpWeights:
@@ -88,10 +92,11 @@ class MadeUpWeights:
     """
 
     def __init__(self) -> None:
-        self._begin = time.perf_counter()
         self._tensors = self._bytes = 0
+        self._seconds = 0.0
 
     def fill(self, layer: int | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        begin = time.perf_counter()
         for name, value in parameters.items():
             generator = torch.Generator(device=value.device).manual_seed(zlib.crc32(name.encode()))
             scaled = value.element_size() == 1  # fp8, for which there are no random numbers
@@ -106,6 +111,7 @@ class MadeUpWeights:
                 value.data.copy_(numbers)
             self._bytes += value.nbytes
             self._tensors += 1
+        self._seconds += time.perf_counter() - begin
 
     def report(self) -> tuple[LoadReport, int]:
-        return LoadReport(0, self._bytes, time.perf_counter() - self._begin, self._tensors), 0
+        return LoadReport(0, self._bytes, self._seconds, self._tensors), 0

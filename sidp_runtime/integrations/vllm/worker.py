@@ -43,6 +43,8 @@ class SidpWorker(PooledWorker, Worker):  # type: ignore[misc]
 
     def _warm_up_more(self) -> None:
         compat.load_late_kernels(self.model_runner)
+        with current().state.own_methods():
+            compat.warm_up_products(self)
 
 
 def __getattr__(name: str) -> Any:
