@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from helpers.bench_results import measured, medians
+from helpers.bench_results import measured, medians, runs
 
 from sidp_runtime import _C, Mode
 from sidp_runtime.planner import GpuProfile, ModelShape
@@ -94,6 +94,19 @@ def test_the_mode_picked_is_the_faster_one_or_within_three_percent_of_it(model: 
         taken = {Mode.WAS: was[rows]["median"], Mode.CAS: cas[rows]["median"]}
         picked = _C.decide(num_tokens=rows, max_rows=1024, shape=shape_of(2, model), profile=H200.core).mode
         assert taken[picked] <= 1.03 * min(taken.values()), rows
+
+
+def test_a_machine_that_was_calibrated_is_predicted_as_well() -> None:
+    """``sidp calibrate --check`` on two H200: three ops a layer, and that machine's profile, measured just before."""
+    (checked,) = runs("2x-nvidia-h200-calibration")
+    steps = checked["steps"]
+    assert [step["tokens"] for step in steps] == [1, 4, 16, 64, 256, 512, 1024, 2048, 4096]
+    assert checked["job"]["num_layers"] == 8
+    for mode in ("was", "cas"):
+        errors = [step[f"{mode}_predicted_ms"] / step[f"{mode}_measured_ms"] - 1 for step in steps]
+        assert max(map(abs, errors)) <= 0.10, errors
+        assert median(map(abs, errors)) <= 0.05, errors
+    assert max(step["loss"] for step in steps) <= 0.03
 
 
 @pytest.mark.parametrize(
