@@ -48,7 +48,7 @@ def test_transformers(mode: Mode, layers: tuple[int, ...]) -> None:
 def test_vllm(mode: Mode, layers: tuple[int, ...]) -> None:
     runtime: Any = Runtime()
     state = vllm_step.StepState(runtime, len(LOCAL), max_rows=8)
-    state._is_cas = mode == Mode.CAS
+    state._in_step, state._is_cas = True, mode == Mode.CAS
     for layer in range(len(LOCAL)):
         state.fetch(layer)
         state.release(layer)
