@@ -103,8 +103,10 @@ cpp_build = echo "== C++ build build/$(1) $(2)"; mkdir -p build; log=build/$(1).
 ctest = echo "== C++ tests in build/$(1)"; \
   $(2) ctest --test-dir build/$(1) --output-on-failure --no-tests=error -j 2 --timeout 240
 
+# Those of one process side by side; the others watch the clock, and have processes of their own.
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
+	$(BIN)/python -m pytest tests --ignore tests/unit --durations 20
 
 # The real vLLM on a CPU, in an environment of its own that lies on top of the first: its pins are many.
 VLLM := .venv-vllm
