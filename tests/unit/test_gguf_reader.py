@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sidp_runtime.errors import CheckpointError, ConfigError, SidpError, UnsupportedError
-from sidp_runtime.loading import Checkpoint, CheckpointSource, gguf_cache, source, tokenizer_dir
+from sidp_runtime.loading import Checkpoint, CheckpointSource, gguf_cache, source
 from sidp_runtime.loading.gguf_reader import read_entries
 from sidp_runtime.manifest import TensorSpec
 
