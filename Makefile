@@ -76,6 +76,7 @@ demo: $(VENV)/.installed
 test: builds
 	@$(MAKE) --no-print-directory test-cpp test-python
 
+# MORE: what else to make meanwhile
 builds:
 	@$(MAKE) --no-print-directory -j 2 $(VENV)/.installed build-cpp build-asan build-tsan $(MORE)
 

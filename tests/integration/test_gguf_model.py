@@ -6,19 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.gguf_model import real_model
+from helpers.gguf_model import read, real_model
 from transformers import AutoTokenizer
 
-from sidp_runtime.loading import Checkpoint, CheckpointSource, tokenizer_dir
-from sidp_runtime.manifest import TensorSpec
-
-
-def read(checkpoint: Checkpoint, name: str, dtype: str) -> torch.Tensor:
-    spec = TensorSpec(name, checkpoint.entries[name].shape, dtype)
-    out = bytearray(spec.num_bytes)
-    with CheckpointSource(checkpoint) as reader:
-        reader.read_into(name, memoryview(out), spec)
-    return torch.frombuffer(out, dtype=getattr(torch, dtype)).reshape(spec.shape)
+from sidp_runtime.loading import Checkpoint, tokenizer_dir
 
 
 @pytest.mark.slow

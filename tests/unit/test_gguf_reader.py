@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.gguf_model import read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sidp_runtime.errors import CheckpointError, ConfigError, SidpError, UnsupportedError
-from sidp_runtime.loading import Checkpoint, CheckpointSource, gguf_cache, source
+from sidp_runtime.loading import Checkpoint, gguf_cache, source
 from sidp_runtime.loading.gguf_reader import read_entries
-from sidp_runtime.manifest import TensorSpec
 
 pytestmark = pytest.mark.unit
 
@@ -85,14 +85,6 @@ def write(path: Path, arch: str = "llama", extra: tuple[str, ...] = (), **metada
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-
-
-def read(checkpoint: Checkpoint, name: str, dtype: str) -> torch.Tensor:
-    spec = TensorSpec(name, checkpoint.entries[name].shape, dtype)
-    out = bytearray(spec.num_bytes)
-    with CheckpointSource(checkpoint) as reader:
-        assert reader.read_into(name, memoryview(out), spec) == checkpoint.entries[name].num_bytes
-    return torch.frombuffer(out, dtype=getattr(torch, dtype)).reshape(spec.shape)
 
 
 def parsed(path: Path) -> Checkpoint:

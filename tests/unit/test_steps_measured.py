@@ -123,12 +123,12 @@ def test_steps_of_four_replicas_are_within_a_tenth(mode: Mode, subject: str) -> 
         assert 1e3 * (times.was_s if mode == Mode.WAS else times.cas_s) == pytest.approx(measured_ms, rel=0.10), rows
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64])
-def test_a_request_costs_the_round_trip_and_its_rows(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "bound"), [(1, 0.05), (16, 0.10), (64, 0.10)])
+def test_a_request_costs_the_round_trip_and_its_rows(rows: int, bound: float) -> None:
     """The round trip is that of one row; rows of 5120 there and back come on top at the link's rate.
 
     Rows of up to 128 that go travel while the owner launches, which the formula does not know: 7 and 8 % too much.
     """
     measured_us = medians(MACHINE, "remote_compute", "over_local", "sidp_graph")[rows]
     rows_us = rows * 2 * 2 * 5120 / H200.copy_bytes_per_s * 1e6
-    assert H200.round_trip_us + rows_us == pytest.approx(measured_us, rel=0.10)
+    assert H200.round_trip_us + rows_us == pytest.approx(measured_us, rel=bound)
