@@ -17,7 +17,7 @@ import torch
 
 import sidp_runtime as sidp
 from sidp_runtime import _torch
-from sidp_runtime._torch_gpu import HEAT_S, HEAVY_ROWS, stream_seconds
+from sidp_runtime._torch_gpu import HEAT_S, HEAVY_ROWS, HEAVY_SAMPLE_S, stream_seconds
 
 from .clocks import MISSING, gpu_state
 from .harness import OWN, Bar, Figure
@@ -320,7 +320,7 @@ class RankContext:
         """
         heavy = self.on_gpu and rows >= HEAVY_ROWS
         ahead_s = HEAT_S if heavy else 0.05
-        return Pace(0.05 if self.quick else 0.25 if heavy else 0.12, ahead_s if self.on_gpu else 0.0)
+        return Pace(0.05 if self.quick else HEAVY_SAMPLE_S if heavy else 0.12, ahead_s if self.on_gpu else 0.0)
 
     def steps(self, make: Callable[[], Callable[[], object]], pace: Pace) -> Subject:
         """A subject of repeated steps; ``make`` gives the call of one. For a ``contest`` of the same pace."""

@@ -34,6 +34,7 @@ _SMALL = 64  # columns of the layers that copies and requests of no size are mea
 _SMALL_LAYERS = 16
 _SAMPLE_S = 0.05
 _SAMPLES = 5
+_HEAVY_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,13 @@ class _Rank:
         sample(1)
         # The same on all ranks, as one may need the other's answers
         once = max(map(float, self._gather(str(sample(1)))))
-        count = max(1, min(200, int(_SAMPLE_S / max(once, 1e-9))))
-        if self.device is not None and rows >= _torch_gpu.HEAVY_ROWS:
+        heavy = self.device is not None and rows >= _torch_gpu.HEAVY_ROWS
+        sample_s, samples = (_torch_gpu.HEAVY_SAMPLE_S, _HEAVY_SAMPLES) if heavy else (_SAMPLE_S, _SAMPLES)
+        count = max(1, min(200, int(sample_s / max(once, 1e-9))))
+        if heavy:
             sample(max(1, int(_torch_gpu.HEAT_S / max(once, 1e-9))))
         self._meet()  # long calls: fewer samples
-        found = statistics.median(sample(count) for _ in range(_SAMPLES if once < _SAMPLE_S else 2))
+        found = statistics.median(sample(count) for _ in range(samples if once < sample_s else 2))
         self._meet()
         return found
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LINK_BYTES = 256 << 20
 HEAVY_ROWS = 256  # from here on products, not the reading of weights, take a step's time, and the GPU's power
 HEAT_S = 0.5  # of such work ahead of what is timed: the clock follows the power over tenths of a second
+HEAVY_SAMPLE_S = 0.25  # so a sample of such work is as long
 
 
 def use_device(ordinal: int | None) -> int:
