@@ -200,6 +200,7 @@ class MachineProfile:
         memory_bytes_per_s: typing.SupportsFloat | typing.SupportsIndex,
         flops_per_s: typing.SupportsFloat | typing.SupportsIndex,
         copy_latency_us: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        request_bytes_per_s: typing.SupportsFloat | typing.SupportsIndex = 0.0,
         products: collections.abc.Sequence[
             tuple[typing.SupportsFloat | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]
         ] = [],

@@ -32,6 +32,7 @@ _FIXED = {WAS_SIZE: Mode.WAS, CAS_SIZE: Mode.CAS}
 _NO_MACHINE = MachineProfile(1e9, 1.0, 1e9, 1e9)  # modes are fixed, so nothing is predicted from it
 _SMALL = 64  # columns of the layers that copies and requests of no size are measured with
 _SMALL_LAYERS = 16
+_MANY_ROWS = 32768  # of such columns: megabytes to send, and hardly a product
 _SAMPLE_S = 0.05
 _SAMPLES = 5
 _HEAVY_SAMPLES = 3
@@ -219,7 +220,7 @@ class _Rank:
         return graph.replay
 
     def _small(self) -> dict[str, float]:
-        """Copies and requests of hardly any bytes: what they cost besides them."""
+        """Copies and requests of hardly any bytes, then requests of rows alone."""
         layers = [
             LayerSpec(f"l{i}", (TensorSpec("w", (_SMALL, _SMALL), self.job.dtype),)) for i in range(_SMALL_LAYERS)
         ]
@@ -230,22 +231,29 @@ class _Rank:
             self.job.dtype,
             {i: {"w": "w"} for i in range(_SMALL_LAYERS)},
         )
-        x = torch.zeros(1, _SMALL, dtype=_torch.dtype_of(self.job.dtype), device=self.where)
-        with self._replica(layers, [op], [1, CAS_SIZE], None) as (pool, runtime):
+        with self._replica(layers, [op], [1, CAS_SIZE, _MANY_ROWS], None) as (pool, runtime):
             streamed = pool.placement.streamed_layers(self.group.rank)
             weights = [pool.layer_view(i)["w"] for i in pool.local_layers]
-            product_s = self._seconds(self._plain(lambda: [functional.linear(x, w) for w in weights])) / len(weights)
             copies_s = self._seconds(self._stepper(runtime, WAS_SIZE, lambda: _fetch_all(pool, runtime)))
 
-            def ask() -> None:
-                for i in streamed:
-                    runtime.remote_compute(i, "touch", x)
+            def request_s(rows: int) -> float:
+                x = torch.zeros(rows, _SMALL, dtype=_torch.dtype_of(self.job.dtype), device=self.where)
 
-            asked_s = self._seconds(self._stepper(runtime, CAS_SIZE, ask)) / len(streamed)
+                def ask() -> None:
+                    for i in streamed:
+                        runtime.remote_compute(i, "touch", x)
+
+                asked_s = self._seconds(self._stepper(runtime, CAS_SIZE, ask)) / len(streamed)
+                product_s = self._seconds(self._plain(lambda: [functional.linear(x, w) for w in weights]))
+                return max(asked_s - product_s / len(weights), 0.1e-6)
+
+            one_s, many_s = request_s(1), request_s(_MANY_ROWS)
             runtime.check()
+        num_bytes = 2 * (_MANY_ROWS - 1) * _SMALL * DTYPE_BYTES[self.job.dtype]
         return {
             "copy_latency_us": copies_s / len(streamed) * 1e6,
-            "round_trip_us": max(asked_s - product_s, 0.1e-6) * 1e6,
+            "round_trip_us": one_s * 1e6,
+            "request_bytes_per_s": num_bytes / max(many_s - one_s, 1e-9),
         }
 
     def _link(self, pool: WeightPool, runtime: Runtime, latency_us: float) -> dict[str, float]:
@@ -288,6 +296,7 @@ class _Rank:
             memory_bytes_per_s=num_bytes / rising[0],
             flops_per_s=flops / rising[-1],
             copy_latency_us=found["copy_latency_us"],
+            request_bytes_per_s=min(found["request_bytes_per_s"], found["copy_bytes_per_s"]),
             linear_times=LinearTimes(num_bytes, self.job.rows, tuple(rising)),
         )
 
@@ -347,6 +356,7 @@ def mean_profile(profiles: Sequence[MachineProfile]) -> MachineProfile:
         memory_bytes_per_s=rate("memory_bytes_per_s"),
         flops_per_s=rate("flops_per_s"),
         copy_latency_us=time_of("copy_latency_us"),
+        request_bytes_per_s=rate("request_bytes_per_s"),
         linear_times=LinearTimes(first.num_bytes, first.rows, seconds),
     )
 

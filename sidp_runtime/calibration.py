@@ -229,7 +229,8 @@ def render(found: Calibration, console: Console) -> None:
     p = found.profile
     console.print(
         f"link {p.copy_bytes_per_s / 1e9:.3g} GB/s after {p.copy_latency_us:.3g} us a copy, round trip "
-        f"{p.round_trip_us:.3g} us, memory {p.memory_bytes_per_s / 1e9:.3g} GB/s, {p.flops_per_s / 1e12:.3g} TFLOPS; "
+        f"{p.round_trip_us:.3g} us, many rows at {(p.request_bytes_per_s or p.copy_bytes_per_s) / 1e9:.3g} GB/s, "
+        f"memory {p.memory_bytes_per_s / 1e9:.3g} GB/s, {p.flops_per_s / 1e12:.3g} TFLOPS; "
         f"measured in {found.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,

@@ -38,8 +38,9 @@ class MachineProfile:
 
     ``copy_bytes_per_s``: one lane, peer to local. ``round_trip_us``: a request of one row and its reply, without the
     op. ``memory_bytes_per_s``: weights through a matrix product of one row. ``flops_per_s``: a product of many rows.
-    ``copy_latency_us``: what a copy costs besides its bytes. ``linear_times``: measured products; None: the longer of
-    reading the weights and multiplying them. ``assumed``: figures that were not measured as the runtime uses them.
+    ``copy_latency_us``: what a copy costs besides its bytes. ``request_bytes_per_s``: many rows there and, then, back;
+    None: as copies. ``linear_times``: measured products; None: the longer of reading the weights and multiplying them.
+    ``assumed``: figures that were not measured as the runtime uses them.
     """
 
     copy_bytes_per_s: float
@@ -47,6 +48,7 @@ class MachineProfile:
     memory_bytes_per_s: float
     flops_per_s: float
     copy_latency_us: float = 0.0
+    request_bytes_per_s: float | None = None
     linear_times: LinearTimes | None = None
     assumed: tuple[str, ...] = ()
 
@@ -63,6 +65,7 @@ class MachineProfile:
             memory_bytes_per_s=self.memory_bytes_per_s,
             flops_per_s=self.flops_per_s,
             copy_latency_us=self.copy_latency_us,
+            request_bytes_per_s=0.0 if self.request_bytes_per_s is None else self.request_bytes_per_s,
             products=products,
         )
         _C.check_policy(core)
@@ -83,6 +86,7 @@ class MachineProfile:
                 memory_bytes_per_s=number(facts, "memory_gbps") * 1e9,
                 flops_per_s=number(facts, "tflops") * 1e12,
                 copy_latency_us=number(facts, "copy_latency_us") if facts.get("copy_latency_us") else 0.0,
+                request_bytes_per_s=number(facts, "request_gbps") * 1e9 if "request_gbps" in facts else None,
                 linear_times=None if linears is None else _linear_times(linears),
                 assumed=tuple(map(str, facts.get("assumed", ()))),
             )
@@ -103,6 +107,8 @@ class MachineProfile:
             "tflops": self.flops_per_s / 1e12,
             "assumed": list(self.assumed),
         }
+        if self.request_bytes_per_s is not None:
+            facts["request_gbps"] = self.request_bytes_per_s / 1e9
         if (times := self.linear_times) is not None:
             facts["linears"] = {
                 "num_bytes": times.num_bytes,

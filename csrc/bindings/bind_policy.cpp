@@ -23,12 +23,13 @@ void bind_policy(py::module_& m) {
       .value("CAS", Mode::kCas, "activations are sent to the owner of the layer");
   py::class_<MachineProfile>(m, "MachineProfile")
       .def(py::init([](double copy_bytes_per_s, double round_trip_us, double memory_bytes_per_s, double flops_per_s,
-                       double copy_latency_us, std::vector<std::pair<double, double>> products) {
-             return MachineProfile{copy_bytes_per_s, round_trip_us,   memory_bytes_per_s,
-                                   flops_per_s,      copy_latency_us, std::move(products)};
+                       double copy_latency_us, double request_bytes_per_s,
+                       std::vector<std::pair<double, double>> products) {
+             return MachineProfile{copy_bytes_per_s, round_trip_us,       memory_bytes_per_s, flops_per_s,
+                                   copy_latency_us,  request_bytes_per_s, std::move(products)};
            }),
            py::kw_only(), py::arg("copy_bytes_per_s"), py::arg("round_trip_us"), py::arg("memory_bytes_per_s"),
-           py::arg("flops_per_s"), py::arg("copy_latency_us") = 0.0,
+           py::arg("flops_per_s"), py::arg("copy_latency_us") = 0.0, py::arg("request_bytes_per_s") = 0.0,
            py::arg("products") = std::vector<std::pair<double, double>>{});
   py::class_<StepShape>(m, "StepShape")
       .def(py::init([](ByteCount total_bytes, ByteCount streamed_bytes, std::int32_t streamed_layers,

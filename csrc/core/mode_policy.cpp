@@ -84,8 +84,9 @@ StepTimes predict_step(double rows, const MachineProfile& profile, const StepSha
   times.was_floor_s = std::max(times.work_s, times.copy_s);
   times.was_s =
       times.copy_s > 0 ? times.copy_s * step_over_stream(shape.world_size, times.work_s / times.copy_s) : times.local_s;
+  const double request_rate = profile.request_bytes_per_s > 0 ? profile.request_bytes_per_s : profile.copy_bytes_per_s;
   times.cas_s = times.local_s + layers * (shape.ops_per_layer * profile.round_trip_us * 1e-6 +
-                                          rows * static_cast<double>(shape.row_bytes) / profile.copy_bytes_per_s);
+                                          rows * static_cast<double>(shape.row_bytes) / request_rate);
   return times;
 }
 
@@ -98,7 +99,7 @@ double change_margin(double hysteresis, std::uint32_t recent_changes) {
 void check_policy(const StepShape& shape, const MachineProfile& profile, const PolicyConfig& config) {
   const auto refuse = [](const std::string& what) { throw Error(ErrorCode::kConfig, what); };
   if (!(profile.copy_bytes_per_s > 0 && profile.round_trip_us > 0 && profile.memory_bytes_per_s > 0 &&
-        profile.flops_per_s > 0 && profile.copy_latency_us >= 0))
+        profile.flops_per_s > 0 && profile.copy_latency_us >= 0 && profile.request_bytes_per_s >= 0))
     refuse("every rate of a machine profile must be above 0; calibrate again");
   for (std::size_t i = 0; i < profile.products.size(); ++i) {
     const auto& [rows, seconds] = profile.products[i];

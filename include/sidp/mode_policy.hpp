@@ -16,11 +16,12 @@ namespace sidp {
 
 // What a machine does, measured once (sidp calibrate); all rates above 0.
 struct MachineProfile {
-  double copy_bytes_per_s = 0;    // one lane, peer to local
-  double round_trip_us = 0;       // a request of one row and its reply, without the op itself
-  double memory_bytes_per_s = 0;  // weights through a matrix product of few rows
-  double flops_per_s = 0;         // a matrix product of many rows
-  double copy_latency_us = 0;     // what a copy costs besides its bytes; may be 0
+  double copy_bytes_per_s = 0;     // one lane, peer to local
+  double round_trip_us = 0;        // a request of one row and its reply, without the op itself
+  double memory_bytes_per_s = 0;   // weights through a matrix product of few rows
+  double flops_per_s = 0;          // a matrix product of many rows
+  double copy_latency_us = 0;      // what a copy costs besides its bytes; may be 0
+  double request_bytes_per_s = 0;  // many rows of requests and their replies; 0: as copies
   // Measured products: rows, ascending, and seconds for each byte of weights, never falling. Empty: the roofline.
   std::vector<std::pair<double, double>> products{};
 };

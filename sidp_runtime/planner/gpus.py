@@ -87,6 +87,7 @@ class GpuProfile:
     def _datasheet(cls, name: str, memory_bytes: int, facts: Mapping[str, Any]) -> GpuProfile:
         sheet, reference = facts["datasheet"], _bundled()[_REFERENCE]
         reached = {key: reference["measured"][m] / reference["datasheet"][key] for key, m in _REACHED.items()}
+        requests = reference["measured"]["request_gbps"] / reference["measured"]["copy_gbps"]
         shares = ", ".join(f"{share:.0%} of {key}" for key, share in reached.items())
         return cls(
             name=name,
@@ -94,13 +95,15 @@ class GpuProfile:
             rates=MachineProfile(
                 copy_bytes_per_s=_positive(sheet, "link_gbps") * 1e9 * reached["link_gbps"],
                 round_trip_us=float(reference["measured"]["round_trip_us"]),
+                request_bytes_per_s=_positive(sheet, "link_gbps") * 1e9 * reached["link_gbps"] * requests,
                 memory_bytes_per_s=_positive(sheet, "memory_gbps") * 1e9 * reached["memory_gbps"],
                 flops_per_s=_positive(sheet, "bf16_tflops") * 1e12 * reached["bf16_tflops"],
             ),
             origin="datasheet",
             sources=(
                 f"memory: {facts['memory_source']}",
-                f"rates: {sheet['source']}; of it what {_REFERENCE} reached of its own: {shares}; its round trip",
+                f"rates: {sheet['source']}; of it what {_REFERENCE} reached of its own: {shares}; its round trip, "
+                f"and {requests:.0%} of a copy's rate for the rows of requests",
             ),
             nvlink_domain=_domain(facts),
         )

@@ -313,6 +313,11 @@ TEST(ModePolicy, RefusesBadProfiles) {
       *fields[field] = bad;
       EXPECT_THROW(check_policy(kShape, profile, {}), Error) << field << " " << bad;
     }
+  for (const double bad : {-1.0, nan}) {
+    MachineProfile profile = kProfile;
+    profile.request_bytes_per_s = bad;
+    EXPECT_THROW(check_policy(kShape, profile, {}), Error) << bad;
+  }
   for (const double bad : {-0.01, 1.0, 2.0, nan})
     EXPECT_THROW(check_policy(kShape, kProfile, {.hysteresis = bad}), Error) << bad;
   EXPECT_THROW(check_policy(kShape, kProfile, {.fixed_sizes = {{8, Mode::kWas}, {8, Mode::kCas}}}), Error);

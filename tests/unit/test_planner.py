@@ -131,7 +131,7 @@ def test_cas_is_shown_within_its_slots_and_decides_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize(("prompt", "output", "mode"), [(512, 2048, "CAS"), (8192, 1024, "CAS"), (2048, 480, "WAS")])
+@pytest.mark.parametrize(("prompt", "output", "mode"), [(512, 2048, "CAS"), (8192, 1024, "CAS"), (2048, 540, "WAS")])
 def test_with_two_replicas_each_residency_is_in_its_faster_mode(prompt: int, output: int, mode: str) -> None:
     def plan(cas_rows: int) -> Plan:
         return Planner(QWEN, H200, 2, MemorySettings(max_rows=cas_rows)).plan(Workload(prompt, output))
