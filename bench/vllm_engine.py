@@ -52,7 +52,6 @@ def _start(settings: dict[str, Any], pooled: bool) -> Any:
     arguments: dict[str, Any] = {
         "enable_prefix_caching": False,
         "skip_tokenizer_init": not (Path(settings["model"]) / "tokenizer_config.json").exists(),
-        "load_format": "dummy" if settings["weights"] == "dummy" else "auto",
         **({"tensor_parallel_size": settings["replicas"]} if settings["system"] == "tp" else {}),
         **settings["engine"],
     }
@@ -67,6 +66,10 @@ def _start(settings: dict[str, Any], pooled: bool) -> Any:
         )
         graphs = {**pool.pop("compilation_config", {}), **arguments.get("compilation_config", {})}
         arguments |= {**pool, **({"compilation_config": graphs} if graphs else {})}
+    elif settings["weights"] == "dummy":
+        from .made_up import ENGINE_ARGUMENTS
+
+        arguments |= ENGINE_ARGUMENTS
     shown = {name: value for name, value in arguments.items() if name != "model_loader_extra_config"}  # has a secret
     print(f"vllm.LLM(model={settings['model']!r}, {json.dumps(shown)})", flush=True)
     return LLM(model=settings["model"], disable_log_stats=False, **arguments)

@@ -295,6 +295,24 @@ def test_made_up_weights_depend_on_their_names_alone() -> None:
     assert not torch.equal(one["first.weight"], other["first.weight"])
 
 
+def test_plain_engines_of_the_benchmark_have_the_weights_that_a_pool_makes_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from bench import vllm_engine
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("vllm.LLM", lambda **arguments: given.update(arguments))
+    vllm_engine._start({"model": "m", "system": "dp", "replicas": 2, "weights": "dummy", "engine": {}}, pooled=False)
+    assert compat._find(*given["worker_extension_cls"].rsplit(".", 1), "any")
+    loader = get_model_loader(LoadConfig(load_format=given["load_format"]))
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("first", "second")})
+    expected = {name: torch.empty_like(value) for name, value in model.named_parameters()}
+    weights.MadeUpWeights().fill(0, expected)
+    loader.load_weights(model, None)
+    assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("steps", "moved", "fetches", "asked", "used"),
     [
