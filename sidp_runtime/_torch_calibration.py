@@ -32,7 +32,7 @@ _FIXED = {WAS_SIZE: Mode.WAS, CAS_SIZE: Mode.CAS}
 _NO_MACHINE = MachineProfile(1e9, 1.0, 1e9, 1e9)  # modes are fixed, so nothing is predicted from it
 _SMALL = 64  # columns of the layers that copies and requests of no size are measured with
 _SMALL_LAYERS = 16
-_MANY_ROWS = 32768  # of such columns: megabytes to send, and hardly a product
+_MANY_ROWS, _MANY_COLUMNS = 2048, 1024  # of a request that is mostly sent
 _SAMPLE_S = 0.05
 _SAMPLES = 5
 _HEAVY_SAMPLES = 3
@@ -224,32 +224,28 @@ class _Rank:
         layers = [
             LayerSpec(f"l{i}", (TensorSpec("w", (_SMALL, _SMALL), self.job.dtype),)) for i in range(_SMALL_LAYERS)
         ]
-        op = Op(
-            "touch",
-            lambda w, x: functional.linear(x, w["w"]),
-            _SMALL,
-            self.job.dtype,
-            {i: {"w": "w"} for i in range(_SMALL_LAYERS)},
-        )
-        with self._replica(layers, [op], [1, CAS_SIZE, _MANY_ROWS], None) as (pool, runtime):
+        every = {i: {"w": "w"} for i in range(_SMALL_LAYERS)}
+        touch = Op("touch", lambda w, x: functional.linear(x, w["w"]), _SMALL, self.job.dtype, every)
+        send = Op("send", lambda w, x: functional.silu(x), _MANY_COLUMNS, self.job.dtype, every)
+        with self._replica(layers, [touch, send], [1, CAS_SIZE, _MANY_ROWS], None) as (pool, runtime):
             streamed = pool.placement.streamed_layers(self.group.rank)
-            weights = [pool.layer_view(i)["w"] for i in pool.local_layers]
+            weights = [pool.layer_view(i) for i in pool.local_layers]
             copies_s = self._seconds(self._stepper(runtime, WAS_SIZE, lambda: _fetch_all(pool, runtime)))
 
-            def request_s(rows: int) -> float:
-                x = torch.zeros(rows, _SMALL, dtype=_torch.dtype_of(self.job.dtype), device=self.where)
+            def request_s(op: Op, rows: int) -> float:
+                x = torch.zeros(rows, op.in_features, dtype=_torch.dtype_of(self.job.dtype), device=self.where)
 
                 def ask() -> None:
                     for i in streamed:
-                        runtime.remote_compute(i, "touch", x)
+                        runtime.remote_compute(i, op.name, x)
 
                 asked_s = self._seconds(self._stepper(runtime, CAS_SIZE, ask)) / len(streamed)
-                product_s = self._seconds(self._plain(lambda: [functional.linear(x, w) for w in weights]))
-                return max(asked_s - product_s / len(weights), 0.1e-6)
+                here_s = self._seconds(self._plain(lambda: [op.function(w, x) for w in weights])) / len(weights)
+                return max(asked_s - here_s, 0.1e-6)
 
-            one_s, many_s = request_s(1), request_s(_MANY_ROWS)
+            one_s, many_s = request_s(touch, 1), request_s(send, _MANY_ROWS)
             runtime.check()
-        num_bytes = 2 * (_MANY_ROWS - 1) * _SMALL * DTYPE_BYTES[self.job.dtype]
+        num_bytes = 2 * _MANY_ROWS * _MANY_COLUMNS * DTYPE_BYTES[self.job.dtype]
         return {
             "copy_latency_us": copies_s / len(streamed) * 1e6,
             "round_trip_us": one_s * 1e6,

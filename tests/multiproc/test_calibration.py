@@ -42,6 +42,8 @@ def test_a_calibration_is_stored_read_and_planned_with(tmp_path: Path, monkeypat
     assert 1e7 < p.copy_bytes_per_s < 1e12
     assert 1 < p.round_trip_us < 1e5
     assert 0 < p.copy_latency_us < 1e5
+    assert p.request_bytes_per_s is not None
+    assert 1e6 < p.request_bytes_per_s <= p.copy_bytes_per_s
     assert p.assumed == ()
     assert [step.tokens for step in found.steps] == [1, 8]
     for step in found.steps:
@@ -53,6 +55,7 @@ def test_a_calibration_is_stored_read_and_planned_with(tmp_path: Path, monkeypat
     kept = ModePolicy.calibrated().profile
     assert kept.linear_times is not None
     assert kept.round_trip_us == pytest.approx(p.round_trip_us)
+    assert kept.request_bytes_per_s == pytest.approx(p.request_bytes_per_s)
     assert kept.linear_times.seconds == pytest.approx(p.linear_times.seconds)
     planned = GpuProfile.read(path)
     assert planned.rates == kept
