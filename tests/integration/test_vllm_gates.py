@@ -283,6 +283,22 @@ def test_layers_of_another_form_are_refused() -> None:
         offloader.wrap_modules(layer for layer in [torch.nn.Linear(2, 2)])
 
 
+def test_an_mlp_is_not_computed_by_what_vllm_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    from vllm.platforms import current_platform
+
+    with set_current_vllm_config(vllm.config.VllmConfig()):
+        silu, gelu = SiluAndMul(), GeluAndMul()
+    x = torch.randn(3, 8)
+    silu._forward_method = None  # of the compiled kind, where vLLM chose that
+    assert torch.equal(compat.silu_and_mul(silu)(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert compat.silu_and_mul(silu) == silu.forward_cuda
+    with pytest.raises(UnsupportedError, match="activation is GeluAndMul"):
+        compat.silu_and_mul(gelu)
+
+
 def test_made_up_weights_depend_on_their_names_alone() -> None:
     def model() -> torch.nn.Module:
         return torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("first", "second")})
