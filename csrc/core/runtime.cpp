@@ -260,7 +260,7 @@ void Runtime::end_step(bool broken_off) {
 
 inline const std::byte* Runtime::fetch(Stream stream, LayerIndex layer) {
   if (pool_->is_local(layer)) {
-    if (takes_turns()) channel_->begin_turn(stream);
+    if (takes_turns()) channel_->begin_turn(stream, layer);
     return pool_->local_layer(layer);
   }
   if (decision_.mode != Mode::kWas)
@@ -324,13 +324,13 @@ void Runtime::remote_compute(Stream stream, LayerIndex layer, OpIndex op, const 
   const Tracer::Session session = trace_session();
   const TraceSpan span(tracer_, session, session == 0 ? TraceEvent{} : request_event(layer, op, rows),
                        TraceSpan::Time::kBoth, stream);
-  channel_->compute(stream, layer, op, x, rows, y, local_comes_after(layer, op));
+  channel_->compute(stream, layer, op, x, rows, y, owned_comes_after(layer, op));
 }
 
 // Ops of a layer are asked for in the order in which they were declared.
-bool Runtime::local_comes_after(LayerIndex layer, OpIndex op) const {
+bool Runtime::owned_comes_after(LayerIndex layer, OpIndex op) const {
   static_cast<void>(mailbox_->kernel(layer, op));  // throws for an unknown op
-  if (layer + 1 == pool_->placement().num_layers() || !pool_->is_local(layer + 1)) return false;
+  if (layer + 1 == pool_->placement().num_layers() || !pool_->owns(layer + 1)) return false;
   const std::vector<Op>& ops = mailbox_->ops();
   return std::none_of(ops.begin() + op + 1, ops.end(),
                       [&](const Op& later) { return later.kernels[static_cast<std::size_t>(layer)] != nullptr; });

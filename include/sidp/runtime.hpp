@@ -127,7 +127,7 @@ class Runtime {
   [[nodiscard]] TraceEvent request_event(LayerIndex layer, OpIndex op, std::int64_t rows) const;
   void end_step_span(bool broken_off) noexcept;
   void end_turn(bool broken_off);
-  [[nodiscard]] bool local_comes_after(LayerIndex layer, OpIndex op) const;
+  [[nodiscard]] bool owned_comes_after(LayerIndex layer, OpIndex op) const;
 
   struct UntakenStep {
     Mode mode;

@@ -20,6 +20,7 @@ class WeightPool {
 
   [[nodiscard]] Backend& backend() const { return *backend_; }
   [[nodiscard]] const Placement& placement() const { return placement_; }
+  [[nodiscard]] bool owns(LayerIndex layer) const { return placement_.owner(layer) == backend_->rank(); }
   [[nodiscard]] bool is_local(LayerIndex layer) const { return placement_.is_local(backend_->rank(), layer); }
 
   // First byte of a local layer, aligned to kAlignment; write before publish(), read afterwards.

@@ -184,9 +184,9 @@ void StreamChannel::begin_step(Requests requests) {
   if (requests == Requests::kNone || requests == Requests::kReplayedNone) run_ahead_.settle();
 }
 
-void StreamChannel::begin_turn(Stream stream) {
+void StreamChannel::begin_turn(Stream stream, LayerIndex layer) {
   if (one_by_one_) run_ahead_.begin_layer();
-  if (in_turn_) return;
+  if (in_turn_ || pool_.placement().is_resident(layer)) return;
   const ContextScope scope(*device_);
   kernels_.turn(static_cast<CUstream>(stream.handle), turn_words());
   in_turn_ = true;
