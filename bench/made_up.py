@@ -1,7 +1,7 @@
 """vLLM's model loader "made-up": the weights that a pool makes up, in a plain engine.
 
 vLLM's own dummies are within 0.001 of 0, norms too. How fast a GPU multiplies at its power limit depends on the
-numbers, so systems are compared on the same ones.
+numbers, so systems are compared on the same ones (a GPU of a TP group makes up its part of a matrix by itself).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from sidp_runtime.integrations.vllm import compat
 from sidp_runtime.integrations.vllm.weights import MadeUpWeights
 
 LOAD_FORMAT = "made-up"
@@ -24,8 +25,11 @@ class MadeUpLoader(BaseModelLoader):  # type: ignore[misc]
         """Nothing to download."""
 
     def load_weights(self, model: Any, model_config: Any) -> None:
-        """Fills all parameters, each from its own name."""
-        MadeUpWeights().fill(None, dict(model.named_parameters()))
+        """Fills the parameters that a pool's engine fills, each from its own name."""
+        parameters = dict(model.named_parameters())
+        for name in compat.optional_parameters(model):
+            del parameters[name]
+        MadeUpWeights().fill(None, parameters)
 
 
 class WorkerExtension:

@@ -226,7 +226,7 @@ class _Rank:
         ]
         every = {i: {"w": "w"} for i in range(_SMALL_LAYERS)}
         touch = Op("touch", lambda w, x: functional.linear(x, w["w"]), _SMALL, self.job.dtype, every)
-        send = Op("send", lambda w, x: functional.silu(x), _MANY_COLUMNS, self.job.dtype, every)
+        send = Op("send", lambda w, x: functional.relu(x), _MANY_COLUMNS, self.job.dtype, every)
         with self._replica(layers, [touch, send], [1, CAS_SIZE, _MANY_ROWS], None) as (pool, runtime):
             streamed = pool.placement.streamed_layers(self.group.rank)
             weights = [pool.layer_view(i) for i in pool.local_layers]
@@ -292,7 +292,9 @@ class _Rank:
             memory_bytes_per_s=num_bytes / rising[0],
             flops_per_s=flops / rising[-1],
             copy_latency_us=found["copy_latency_us"],
+            # No link is faster for requests; on a busy host it may look so
             request_bytes_per_s=min(found["request_bytes_per_s"], found["copy_bytes_per_s"]),
+            assumed=("request_bytes_per_s",) if found["request_bytes_per_s"] > found["copy_bytes_per_s"] else (),
             linear_times=LinearTimes(num_bytes, self.job.rows, tuple(rising)),
         )
 
@@ -354,6 +356,7 @@ def mean_profile(profiles: Sequence[MachineProfile]) -> MachineProfile:
         copy_latency_us=time_of("copy_latency_us"),
         request_bytes_per_s=rate("request_bytes_per_s"),
         linear_times=LinearTimes(first.num_bytes, first.rows, seconds),
+        assumed=tuple(sorted({name for p in profiles for name in p.assumed})),
     )
 
 

@@ -178,8 +178,10 @@ def _capture(
 
 
 def measure(device: int, pool: WeightPool | None) -> MachineProfile:
-    """``policy.measure`` for a GPU. The round trip is an estimate, and marked as assumed."""
-    assumed = ["round_trip_us"]
+    """``policy.measure`` for a GPU. What requests take is an estimate, and marked as assumed."""
+    from .planner.gpus import request_share
+
+    assumed = ["round_trip_us", "request_bytes_per_s"]
     link = measure_link(device, pool)
     if link is None:
         link = _bundled_link(device)
@@ -190,6 +192,7 @@ def measure(device: int, pool: WeightPool | None) -> MachineProfile:
         flops = 2.0 * weights.numel() * rows.shape[0]
         return MachineProfile(
             copy_bytes_per_s=link,
+            request_bytes_per_s=link * request_share(),
             # A request and its answer are two trips of the kind: launch, run, seen by a host thread that polls.
             round_trip_us=2 * _launch_and_seen_us(),
             memory_bytes_per_s=weights.nbytes / _fastest(lambda: torch.nn.functional.linear(row, weights)),

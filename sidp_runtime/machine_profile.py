@@ -19,7 +19,7 @@ from typing import Any
 from . import _C
 from .errors import ConfigError
 
-SCHEMA = 2
+SCHEMA = 3
 _RATES = ("copy_bytes_per_s", "round_trip_us", "memory_bytes_per_s", "flops_per_s")
 
 

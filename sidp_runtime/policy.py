@@ -82,7 +82,10 @@ class ModePolicy:
             link = measure_link(device, pool) if missing else None
             if link is not None:  # the rest was measured, and stays
                 assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
-                profile = replace(profile, copy_bytes_per_s=link, assumed=assumed)
+                rows = profile.request_bytes_per_s
+                if rows is not None and "request_bytes_per_s" in assumed:
+                    rows *= link / profile.copy_bytes_per_s
+                profile = replace(profile, copy_bytes_per_s=link, request_bytes_per_s=rows, assumed=assumed)
                 machine_profile.amend(path, profile, "the link later, through a pool")
         return cls(profile, fixed, hysteresis)
 

@@ -132,13 +132,13 @@ class ActivationChannel {
   virtual void begin_step(Requests) {}
   // As Requester::compute. A stream-ordered channel enqueues on `stream`, and what goes wrong there check() throws. It
   // may wait for answers to earlier requests: see csrc/DESIGN.md, "Launch queues".
-  // local_next: a layer that this rank owns comes next, so with the answer this rank's turn begins.
+  // owned_next: a layer that this rank owns comes next, so with the answer this rank's turn begins.
   // y null: the answer stays where lent() says, valid for what `stream` does before its next request to that owner.
   virtual void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
-                       bool local_next) = 0;
+                       bool owned_next) = 0;
   // Where an answer of so many rows can be left, or null: it is always copied.
   [[nodiscard]] virtual const std::byte* lent(LayerIndex, std::int64_t) const { return nullptr; }
-  // Around a local layer of a CaS step, for channels whose services run beside the engine on one device: in this turn
+  // Around a layer of its own of a CaS step, for channels whose services run beside the engine on one device: in this turn
   // requests wait, though not for ever, and what `stream` does in it follows the services that had begun. A resident
   // layer, of which nobody asks anything, has none. Turns do not nest: a second begin, and an end without one, do
   // nothing; compute() ends a turn. They order work and protect nothing.

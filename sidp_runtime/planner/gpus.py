@@ -87,7 +87,7 @@ class GpuProfile:
     def _datasheet(cls, name: str, memory_bytes: int, facts: Mapping[str, Any]) -> GpuProfile:
         sheet, reference = facts["datasheet"], _bundled()[_REFERENCE]
         reached = {key: reference["measured"][m] / reference["datasheet"][key] for key, m in _REACHED.items()}
-        requests = reference["measured"]["request_gbps"] / reference["measured"]["copy_gbps"]
+        requests = request_share()
         shares = ", ".join(f"{share:.0%} of {key}" for key, share in reached.items())
         return cls(
             name=name,
@@ -110,6 +110,12 @@ class GpuProfile:
 
 
 _REACHED = {"memory_gbps": "memory_gbps", "bf16_tflops": "tflops", "link_gbps": "copy_gbps"}
+
+
+def request_share() -> float:
+    """Of a copy's rate, what many rows of a request had where both were measured."""
+    measured = _bundled()[_REFERENCE]["measured"]
+    return float(measured["request_gbps"] / measured["copy_gbps"])
 
 
 def bundled_gpus() -> list[str]:

@@ -303,6 +303,18 @@ TEST(StepHistory, TimesOneStepInFourOnceItKnows) {
   EXPECT_EQ(history.entries()[0].steps, 15U + 100U);
 }
 
+TEST(ModePolicy, RowsOfRequestsGoAtTheirOwnRate) {
+  MachineProfile profile = kProfile;
+  const double as_copies = predict_step(64, profile, kShape).cas_s;
+  profile.request_bytes_per_s = profile.copy_bytes_per_s;
+  EXPECT_EQ(predict_step(64, profile, kShape).cas_s, as_copies);
+  profile.request_bytes_per_s = profile.copy_bytes_per_s / 4;
+  const double rows_s = kShape.streamed_layers * 64 * static_cast<double>(kShape.row_bytes) / profile.copy_bytes_per_s;
+  EXPECT_GT(rows_s, 0);
+  EXPECT_NEAR(predict_step(64, profile, kShape).cas_s - as_copies, 3 * rows_s, 1e-9);
+  EXPECT_EQ(predict_step(64, profile, kShape).was_s, predict_step(64, kProfile, kShape).was_s);
+}
+
 TEST(ModePolicy, RefusesBadProfiles) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   for (const double bad : {0.0, -1.0, nan})

@@ -84,7 +84,7 @@ def test_vllms_own_wrapper_captures_and_launches_steps(monkeypatch: pytest.Monke
         monkeypatch.setattr(cuda_graph, name, value, raising=False)
     state = StepState(runtime, 0, max_rows=8, configured=Mode.WAS, first_is_was=True)
     model = torch.nn.Identity()
-    install(model, [], state, None)
+    install(model, [], state, with_computes=False)
     given = vllm.config.VllmConfig()
     runner = SimpleNamespace(model=cuda_graph.CUDAGraphWrapper(model, given, CUDAGraphMode.FULL))
     compat.step_through_graphs(runner, state.launch)

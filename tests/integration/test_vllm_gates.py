@@ -292,11 +292,10 @@ def test_an_mlp_is_not_computed_by_what_vllm_compiles(monkeypatch: pytest.Monkey
         silu, gelu = SiluAndMul(), GeluAndMul()
     x = torch.randn(3, 8)
     silu._forward_method = None  # of the compiled kind, where vLLM chose that
-    assert torch.equal(compat.silu_and_mul(silu)(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
+    assert torch.equal(compat.activation_of(silu)(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    assert compat.silu_and_mul(silu) == silu.forward_cuda
-    with pytest.raises(UnsupportedError, match="activation is GeluAndMul"):
-        compat.silu_and_mul(gelu)
+    assert compat.activation_of(silu) == silu.forward_cuda
+    assert compat.activation_of(gelu) is gelu
 
 
 def test_made_up_weights_depend_on_their_names_alone() -> None:
@@ -313,6 +312,7 @@ def test_made_up_weights_depend_on_their_names_alone() -> None:
 
 def test_plain_engines_of_the_benchmark_have_the_weights_that_a_pool_makes_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import LoadConfig
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
     from vllm.model_executor.model_loader import get_model_loader
 
     from bench import vllm_engine
@@ -323,8 +323,12 @@ def test_plain_engines_of_the_benchmark_have_the_weights_that_a_pool_makes_up(mo
     assert compat._find(*given["worker_extension_cls"].rsplit(".", 1), "any")
     loader = get_model_loader(LoadConfig(load_format=given["load_format"]))
     model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("first", "second")})
-    expected = {name: torch.empty_like(value) for name, value in model.named_parameters()}
+    model["attention"] = torch.nn.Module()
+    model["attention"].k_scale = torch.nn.Parameter(torch.tensor(-1.0))  # a pool leaves it to vLLM
+    model["attention"].quant_method = BaseKVCacheMethod(SimpleNamespace())
+    expected = {name: torch.empty_like(value) for name, value in model.named_parameters() if value.dim()}
     weights.MadeUpWeights().fill(0, expected)
+    expected["attention.k_scale"] = torch.tensor(-1.0)
     loader.load_weights(model, None)
     assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
 

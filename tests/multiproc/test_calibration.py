@@ -43,8 +43,9 @@ def test_a_calibration_is_stored_read_and_planned_with(tmp_path: Path, monkeypat
     assert 1 < p.round_trip_us < 1e5
     assert 0 < p.copy_latency_us < 1e5
     assert p.request_bytes_per_s is not None
-    assert 1e6 < p.request_bytes_per_s <= p.copy_bytes_per_s
-    assert p.assumed == ()
+    assert p.request_bytes_per_s > 1e7
+    assert p.assumed in ((), ("request_bytes_per_s",))  # the latter where a busy host made rows seem to take no time
+    assert p.assumed or p.request_bytes_per_s < p.copy_bytes_per_s
     assert [step.tokens for step in found.steps] == [1, 8]
     for step in found.steps:
         assert min(step.was_measured_ms, step.cas_measured_ms) > 0

@@ -228,7 +228,8 @@ def test_a_link_that_was_assumed_is_all_that_is_measured_later(
     cache: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = machine_profile.LinearTimes(1000, (1, 8), (0.1, 0.2))
-    known = replace(MEASURED, linear_times=times, assumed=("round_trip_us", "copy_bytes_per_s"))
+    assumed = ("round_trip_us", "request_bytes_per_s", "copy_bytes_per_s")
+    known = replace(MEASURED, linear_times=times, request_bytes_per_s=1e9, assumed=assumed)
     path = cache / "profile-host.json"
     machine_profile.write(path, machine_profile.document(known, machine_profile.machine_key(None), 1, "calibrated"))
     links: list[float | None] = [None, 7e9]
@@ -236,7 +237,8 @@ def test_a_link_that_was_assumed_is_all_that_is_measured_later(
     pool: Any = object()
     assert ModePolicy.calibrated().profile == known
     assert ModePolicy.calibrated(pool=pool).profile == known  # no link here either
-    found = replace(known, copy_bytes_per_s=7e9, assumed=("round_trip_us",))
+    rows = 7e9 / MEASURED.copy_bytes_per_s * 1e9  # an assumption too, of a share of the link
+    found = replace(known, copy_bytes_per_s=7e9, request_bytes_per_s=rows, assumed=assumed[:2])
     assert ModePolicy.calibrated(pool=pool).profile == found
     assert ModePolicy.calibrated(pool=pool).profile == found  # stored, and not asked for again
     assert json.loads(path.read_text())["measured"]["source"] == "calibrated; the link later, through a pool"
@@ -252,7 +254,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another torch": (edited("machine", torch="1.0"), "torch is .* here and was '1.0'"),
     "another version": (edited("machine", package="0.0"), "package"),
     "another backend": (edited("machine", backend="nvshmem"), "backend"),
-    "another schema": (lambda d: d | {"schema": 1}, "schema 1, this version reads 2"),
+    "another schema": (lambda d: d | {"schema": 1}, "schema 1, this version reads 3"),
     "no machine": (lambda d: {k: v for k, v in d.items() if k != "machine"}, "does not say"),
     "a rate less": (edited("measured", tflops="gone"), "tflops"),
     "a list": (lambda d: [d], "list"),

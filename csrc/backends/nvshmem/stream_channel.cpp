@@ -201,7 +201,7 @@ void StreamChannel::end_turn(Stream stream) {
 }
 
 void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows,
-                            std::byte* y, bool local_next) {
+                            std::byte* y, bool owned_next) {
   static_cast<void>(mailbox_.kernel(layer, op));  // throws for an unknown op
   const Op& entry = mailbox_.ops()[static_cast<std::size_t>(op)];
   const Request request{layer, op, mailbox_.bucket(layer, rows)};
@@ -238,7 +238,7 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
                            .failed_host = host_.on_device(index(HostWord::kFailed)),
                            .number = run_ahead_.number(),
                            .answered_host = one_by_one_ ? host_.on_device(index(HostWord::kAnswered)) : 0,
-                           .turn = local_next ? turn_words() : TurnWords{}};
+                           .turn = owned_next ? turn_words() : TurnWords{}};
   if (spun)
     kernels_.await(on,
                    {.flags = memory_.reply_flags(rank_, owner),
@@ -254,7 +254,7 @@ void StreamChannel::compute(Stream stream, LayerIndex layer, OpIndex op, const s
     kernels_.take(on, device_pointer(y), device_pointer(reply_slot(owner)), out_bytes, local_word(2 * world + peer),
                   words);
   if (one_by_one_) run_ahead_.requested();
-  in_turn_ = local_next;
+  in_turn_ = owned_next;
 }
 
 bool StreamChannel::claim(Rank owner, Rank requester, std::uint32_t word) const {

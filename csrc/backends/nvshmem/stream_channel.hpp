@@ -74,7 +74,7 @@ class StreamChannel final : public ActivationChannel {
   bool stop() noexcept override;
   void begin_step(Requests requests) override;
   void compute(Stream stream, LayerIndex layer, OpIndex op, const std::byte* x, std::int64_t rows, std::byte* y,
-               bool local_next) override;
+               bool owned_next) override;
   [[nodiscard]] const std::byte* lent(LayerIndex layer, std::int64_t rows) const override;
   void begin_turn(Stream stream, LayerIndex layer) override;
   void end_turn(Stream stream) override;

@@ -243,20 +243,18 @@ def is_torchs_product(method: Any) -> bool:
     return product is utils.default_unquantized_gemm
 
 
-def silu_and_mul(activation: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What an MLP's SiluAndMul computes, by vLLM's kernel on a GPU. ``UnsupportedError`` for another activation.
+def activation_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What an MLP's activation computes; SiluAndMul by vLLM's own kernel on a GPU.
 
-    Called outside of its graphs it would be what vLLM compiled for any shape, which an H200 takes three times as long
-    for (0.95 ms at 8192 rows of 25600) and a capture forbids.
+    Called outside of vLLM's graphs the module may be what vLLM compiled for tensors of any shape: three times as slow
+    as in them on an H200, and not allowed in a capture.
     """
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.platforms import current_platform
 
-    if type(activation) is not SiluAndMul:
-        raise UnsupportedError(
-            f"the MLP's activation is {type(activation).__name__}; CaS knows SiluAndMul: use mode 'was'"
-        )
-    return activation.forward_native if current_platform.is_cpu() else activation.forward_cuda  # type: ignore[no-any-return]
+    if type(module) is not SiluAndMul:
+        return module  # type: ignore[no-any-return]
+    return module.forward_native if current_platform.is_cpu() else module.forward_cuda  # type: ignore[no-any-return]
 
 
 def optional_parameters(model: Any) -> list[str]:

@@ -25,9 +25,6 @@ from .step import OPERATORS, Compute, StepState, compute, set_state
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers print only below its own name
 
-#: Of ``[rows, gate and up]`` what the MLP multiplies next, ``[rows, down's in_features]``.
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
 _MODES = {"auto": None, "was": Mode.WAS, "cas": Mode.CAS}
 
 
@@ -99,16 +96,11 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             pool = offloader.pool
             assert pool is not None  # load_weights has looked
             offloader.give_methods_back()
-            first: Any = offloader.blocks[0]
-            activation = None if chosen.pool.mode == "was" else compat.silu_and_mul(first.mlp.act_fn)
             pool.publish()
             taken.mark("model")
             with torch.no_grad():
                 captured = compat.captured_rows(vllm_config)
-                ops: list[Op] = []
-                if activation is not None and chosen.world_size > 1:
-                    ops = _ops(pool, first, activation, model_config.dtype)
-                runtime = _make_runtime(pool, chosen, ops, captured, owners_engines)
+                runtime = _make_runtime(pool, chosen, offloader.blocks, model_config.dtype, captured, owners_engines)
             if on_gpu:
                 group.barrier("vllm/made")  # so that the peers' share of this GPU is counted
             taken.mark("runtime")
@@ -119,7 +111,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         finally:
             self._offloader = self._make_pool = None
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
-        install(model, offloader.blocks, state, activation)
+        install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
         engine = Engine(chosen, group, pool, runtime, state, self._load, taken.by_part)
         set_engine(engine)
@@ -171,29 +163,35 @@ def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:
 def _make_runtime(
     pool: WeightPool,
     chosen: settings.Settings,
-    ops: Sequence[Op],
+    blocks: Sequence[nn.Module],
+    dtype: torch.dtype,
     captured: Sequence[int],
     owners_engines: bool,
 ) -> Runtime:
-    max_rows = chosen.pool.max_rows if ops else 0
+    wanted = chosen.pool.mode != "was" and chosen.world_size > 1
+    max_rows = chosen.pool.max_rows if wanted else 0
     return Runtime(
         pool,
         # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
         policy=ModePolicy.calibrated_in_turns(pool),
-        ops=ops,
+        ops=_ops(pool, blocks, dtype) if wanted else (),
         max_rows=max_rows,
-        row_buckets=row_buckets(max_rows, captured) if ops and captured else None,
+        row_buckets=row_buckets(max_rows, captured) if wanted and captured else None,
         owners_engines=owners_engines,
         deadline_ms=environment.deadline_ms() if chosen.own.deadline_ms is None else chosen.own.deadline_ms,
     )
 
 
-def _ops(pool: WeightPool, first: Any, activation: Activation, dtype: torch.dtype) -> list[Op]:
+def _ops(pool: WeightPool, blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[Op]:
     """At most three round trips a layer: the projections of the attention's input, of its output, and the MLP.
 
-    Each computes what the ``first`` layer's linears and activation do, on tensors of any layer: they differ in nothing
-    else.
+    Each computes what the linears' methods do, on tensors of any layer: the layers differ in nothing else.
     """
+    first: Any = blocks[0]
+    name = type(first.mlp.act_fn).__name__
+    if name != "SiluAndMul":
+        raise UnsupportedError(f"the MLP's activation is {name}; CaS knows SiluAndMul: use mode 'was'")
+    activation = compat.activation_of(first.mlp.act_fn)
     linears = pooled_linears(first)
     for name, linear in linears.items():
         compat.check_token_wise(name, linear.quant_method)
@@ -246,8 +244,8 @@ class _ComputedMlp(nn.Module):
         return compute(x, self._layer, "mlp", self._out_features)
 
 
-def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, activation: Activation | None) -> None:
-    """Makes each call of the model a step, and puts the operators around and, with an activation, into its layers."""
+def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, *, with_computes: bool) -> None:
+    """Makes each call of the model a step, and puts the operators around and into its decoder layers."""
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -261,8 +259,8 @@ def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, act
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(end)
     for index, block in enumerate(blocks):
-        if activation is not None:
-            _install_computes(index, block, state, activation)
+        if with_computes:
+            _install_computes(index, block, state)
         block.register_forward_pre_hook(functools.partial(_before, index), with_kwargs=True)
         block.register_forward_hook(functools.partial(_after, index))
 
@@ -276,19 +274,20 @@ def _after(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) ->
     torch.ops.sidp.vllm_release(output[0], index)
 
 
-def _install_computes(index: int, block: Any, state: StepState, activation: Activation) -> None:
+def _install_computes(index: int, block: Any, state: StepState) -> None:
     for op, linear in (("qkv", block.self_attn.qkv_proj), ("output", block.self_attn.o_proj)):
         state.computes[index, op] = product_of(linear)
         state.methods.append((linear, linear.quant_method))
         linear.quant_method = _ComputedLinear(index, op, linear.output_size_per_partition)
     inner = block.mlp
-    state.computes[index, "mlp"] = functools.partial(_mlp, inner, activation, product_of(inner.down_proj))
+    activation, down = compat.activation_of(inner.act_fn), product_of(inner.down_proj)
+    state.computes[index, "mlp"] = functools.partial(_mlp, inner, activation, down)
     block.mlp = _ComputedMlp(inner, index, inner.down_proj.output_size_per_partition)
 
 
 def _mlp(
     inner: Any,
-    activation: Activation,
+    activation: Callable[[torch.Tensor], torch.Tensor],
     down: Compute,
     x: torch.Tensor,
     out: torch.Tensor | None = None,
