@@ -138,10 +138,10 @@ class ActivationChannel {
                        bool owned_next) = 0;
   // Where an answer of so many rows can be left, or null: it is always copied.
   [[nodiscard]] virtual const std::byte* lent(LayerIndex, std::int64_t) const { return nullptr; }
-  // Around a layer of its own of a CaS step, for channels whose services run beside the engine on one device: in this turn
-  // requests wait, though not for ever, and what `stream` does in it follows the services that had begun. A resident
-  // layer, of which nobody asks anything, has none. Turns do not nest: a second begin, and an end without one, do
-  // nothing; compute() ends a turn. They order work and protect nothing.
+  // Around a layer of its own of a CaS step, for channels whose services run beside the engine on one device: in this
+  // turn requests wait, though not for ever, and what `stream` does in it follows the services that had begun. A
+  // resident layer, of which nobody asks anything, has none. Turns do not nest: a second begin, and an end without one,
+  // do nothing; compute() ends a turn. They order work and protect nothing.
   virtual void begin_turn(Stream, LayerIndex) {}
   virtual void end_turn(Stream) {}
   // Throws Error(kDeadline) or Error(kRemoteOp) if an earlier request was not answered: the results of its step are
