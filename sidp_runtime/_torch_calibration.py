@@ -181,11 +181,11 @@ class _Rank:
         once = max(map(float, self._gather(str(sample(1)))))
         heavy = self.device is not None and rows >= _torch_gpu.HEAVY_ROWS
         sample_s, samples = (_torch_gpu.HEAVY_SAMPLE_S, _HEAVY_SAMPLES) if heavy else (_SAMPLE_S, _SAMPLES)
-        count = max(1, min(200, int(sample_s / max(once, 1e-9))))
         if heavy:
             sample(max(1, int(_torch_gpu.HEAT_S / max(once, 1e-9))))
-        self._meet()  # long calls: fewer samples
-        found = statistics.median(sample(count) for _ in range(samples if once < sample_s else 2))
+        count = max(1, min(200, int(sample_s / max(once, 1e-9))))
+        self._meet()
+        found = statistics.median(sample(count) for _ in range(samples if once < sample_s else 2))  # long calls: fewer
         self._meet()
         return found
 

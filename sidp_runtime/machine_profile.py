@@ -20,7 +20,6 @@ from . import _C
 from .errors import ConfigError
 
 SCHEMA = 3
-_RATES = ("copy_bytes_per_s", "round_trip_us", "memory_bytes_per_s", "flops_per_s")
 
 
 @dataclass(frozen=True)

@@ -87,15 +87,15 @@ class GpuProfile:
     def _datasheet(cls, name: str, memory_bytes: int, facts: Mapping[str, Any]) -> GpuProfile:
         sheet, reference = facts["datasheet"], _bundled()[_REFERENCE]
         reached = {key: reference["measured"][m] / reference["datasheet"][key] for key, m in _REACHED.items()}
-        requests = request_share()
+        link, requests = _positive(sheet, "link_gbps") * 1e9 * reached["link_gbps"], request_share()
         shares = ", ".join(f"{share:.0%} of {key}" for key, share in reached.items())
         return cls(
             name=name,
             memory_bytes=memory_bytes,
             rates=MachineProfile(
-                copy_bytes_per_s=_positive(sheet, "link_gbps") * 1e9 * reached["link_gbps"],
+                copy_bytes_per_s=link,
                 round_trip_us=float(reference["measured"]["round_trip_us"]),
-                request_bytes_per_s=_positive(sheet, "link_gbps") * 1e9 * reached["link_gbps"] * requests,
+                request_bytes_per_s=link * requests,
                 memory_bytes_per_s=_positive(sheet, "memory_gbps") * 1e9 * reached["memory_gbps"],
                 flops_per_s=_positive(sheet, "bf16_tflops") * 1e12 * reached["bf16_tflops"],
             ),

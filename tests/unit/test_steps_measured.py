@@ -17,7 +17,7 @@ from sidp_runtime.planner import GpuProfile, ModelShape
 
 MACHINE = "2x-nvidia-h200"
 H200 = GpuProfile.read("H200").rates
-#: The shape that was measured, and how many layers of it, by results. The profile is of the first ones alone.
+#: The shape that was measured, and how many layers of it, by results. The profile is of the first alone.
 MACHINES = {
     MACHINE: ("Qwen/Qwen3-32B", 16),
     f"{MACHINE}-second-pair": ("Qwen/Qwen3-32B", 16),
@@ -138,7 +138,15 @@ def test_steps_of_four_replicas_are_within_a_tenth(mode: Mode, subject: str) -> 
         assert 1e3 * (times.was_s if mode == Mode.WAS else times.cas_s) == pytest.approx(measured_ms, rel=0.10), rows
 
 
-@pytest.mark.parametrize(("rows", "bound"), [(1, 0.05), (16, 0.10), (64, 0.17)])
+@pytest.mark.parametrize(
+    ("rows", "bound"),
+    [
+        (1, 0.05),
+        (16, 0.10),
+        pytest.param(64, 0.10, marks=pytest.mark.xfail(strict=True, reason="16 % too much")),
+        (256, 0.05),
+    ],
+)
 def test_a_request_costs_the_round_trip_and_its_rows(rows: int, bound: float) -> None:
     """The round trip is that of one row; rows of 5120 there and back come on top at the rate of many.
 
