@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", default="dp,tp,sidp", help=f"of {', '.join(SYSTEMS)}; sidp: mode auto")
     parser.add_argument("--replicas", type=int, default=2, help="engines of dp and sidp, GPUs of tp")
     parser.add_argument("--workloads", help="in:out:prompts[:long out for 5 %% of them],... [1024:128:512]")
-    parser.add_argument("--repeats", type=int, help="samples of a workload each time that a system is started [3]")
+    parser.add_argument("--repeats", help="samples at each start of a system, of all workloads or of each: 3,3,1 [3]")
     parser.add_argument("--rounds", type=int, default=1, help="how often each system is started, in rotated order")
     parser.add_argument("--backend", default="host", help="sidp's: host or nvshmem")
     parser.add_argument("--weights", default="checkpoint", choices=("checkpoint", "dummy"))
@@ -95,7 +95,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.workloads = (options.workloads or ("64:16:8" if options.quick else "1024:128:512")).split(",")
     if wrong := [w for w in options.workloads if not 3 <= len(p := w.split(":")) <= 4 or not all(map(_positive, p))]:
         parser.error(f"{', '.join(wrong)}: a workload is in:out:prompts or in:out:prompts:long, whole numbers above 0")
-    options.repeats = options.repeats or (2 if options.quick else 3)
+    repeats = (options.repeats or ("2" if options.quick else "3")).split(",")
+    if not all(map(_positive, repeats)) or len(repeats) not in (1, len(options.workloads)):
+        parser.error(f"--repeats {','.join(repeats)}: a whole number above 0, or one for each workload")
+    options.repeats = [int(n) for n in repeats] * (len(options.workloads) if len(repeats) == 1 else 1)
     options.gpus = min(num_gpus(), options.replicas)
     options.begun = time.monotonic()
     if options.quick:
@@ -162,9 +165,9 @@ def _measure(system: str, options: argparse.Namespace, results: Results, serve: 
     try:
         ready = engines.answers(first_limit)
         results.started(system, time.monotonic() - start, [answer["kv_tokens"] for answer in ready])
-        for workload in options.workloads:
+        for workload, repeats in zip(options.workloads, options.repeats, strict=True):
             _sample(engines, len(ready), warm_up(requests(workload, -1, vocabulary), len(ready)), limit())
-            for repeat in range(options.repeats):
+            for repeat in range(repeats):
                 asked = requests(workload, repeat, vocabulary)
                 sample = _sample(engines, len(ready), asked, limit())
                 results.sampled(system, workload, sample)

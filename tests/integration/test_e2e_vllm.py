@@ -92,12 +92,24 @@ def test_a_system_that_hangs_ends_and_what_was_not_begun_is_named(model: Path) -
     assert "fake_engine.py" in (logs / "sidp-0" / "engine-0.log").read_text(), "it does not say where it hangs"
 
 
+def test_a_workload_has_its_own_number_of_samples(model: Path) -> None:
+    code, report, ran = run(model, "dp,sidp", "--workloads", f"{WORKLOAD},4:8:2", "--repeats", "2,1")
+    assert code == 0
+    assert ran["repeats"] == [2, 1]
+    found = rows(report)
+    for system in ("dp", "sidp"):
+        counts = [len(found[f"e2e_vllm/throughput/{system} workload={w}"].samples) for w in (WORKLOAD, "4:8:2")]
+        assert counts == [2, 1]
+
+
 def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, text in (
         (("--systems", "dp,ep"), "there is no system ep"),
         (("--systems", "sidp-was", "--sidp", '{"mode": "cas"}'), "--sidp gives a mode"),
         (("--workloads", "1024:128"), "a workload is in:out:prompts"),
         (("--engine", "[]"), "no JSON object"),
+        (("--repeats", "0"), "a whole number above 0, or one for each workload"),
+        (("--repeats", "3,1"), "--repeats 3,1: a whole number above 0, or one for each workload"),
     ):
         with pytest.raises(SystemExit) as caught:
             e2e_vllm.parse(["--model", str(model), *words])
