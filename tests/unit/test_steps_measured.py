@@ -116,12 +116,7 @@ def test_a_machine_that_was_calibrated_is_predicted_as_well() -> None:
         errors = [step[f"{mode}_predicted_ms"] / step[f"{mode}_measured_ms"] - 1 for step in steps]
         assert max(map(abs, errors)) <= 0.10, errors
         assert median(map(abs, errors)) <= 0.05, errors
-
-
-@pytest.mark.xfail(strict=True, reason="at 1024 tokens 4.7 %: measured before profiles knew the rate of many rows")
-def test_of_a_machine_that_was_calibrated_the_mode_picked_loses_little() -> None:
-    (checked,) = runs("2x-nvidia-h200-calibration")
-    assert max(step["loss"] for step in checked["steps"]) <= 0.03
+    assert max(step["loss"] for step in steps) <= 0.03
 
 
 @pytest.mark.parametrize(
