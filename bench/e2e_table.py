@@ -58,19 +58,26 @@ class Sample:
 
 @dataclass
 class Results:
-    """Of a run so far, by system. ``failed`` and ``unavailable``: why. ``order``: in which systems were started."""
+    """Of a run so far, by system. ``failed`` and ``unavailable``: why. ``order``: in which systems were started.
+
+    ``starts`` and ``kv_tokens``: by system and number of resident layers, None where the planner did not pick it.
+    """
 
     options: argparse.Namespace
-    starts: dict[str, list[float]] = field(default_factory=dict)
-    kv_tokens: dict[str, list[int]] = field(default_factory=dict)
+    starts: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
+    kv_tokens: dict[tuple[str, int | None], list[int]] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
-    def started(self, system: str, seconds: float, kv_tokens: list[int]) -> None:
-        self.starts.setdefault(system, []).append(seconds)
-        self.kv_tokens.setdefault(system, []).extend(kv_tokens)
+    def started(self, system: str, resident: int | None, seconds: float, kv_tokens: list[int]) -> None:
+        self.starts.setdefault((system, resident), []).append(seconds)
+        self.kv_tokens.setdefault((system, resident), []).extend(kv_tokens)
+
+    def engines(self, system: str, workload: str) -> tuple[str, int | None]:
+        """The key in ``starts`` and ``kv_tokens`` of those that run the workload."""
+        return system, self.options.resident[workload] if system.startswith(OWN) else None
 
     def sampled(self, system: str, workload: str, sample: Sample) -> None:
         self.samples.setdefault((system, workload), []).append(sample)
@@ -95,9 +102,8 @@ class Results:
         ours, theirs = ({m: self.median(s, workload, m) for m in _FACTORS} for s in (own, other))
         words = [f"steps {ours['step_time'] / theirs['step_time']:.2f} x as long"]
         words.append(f"{ours['tokens_a_step'] / theirs['tokens_a_step']:.2f} x the tokens a step")
-        if other in self.kv_tokens:
-            share = statistics.median(self.kv_tokens[own]) / statistics.median(self.kv_tokens[other])
-            words.append(f"{share:.2f} x the KV tokens an engine")
+        ours_kv, theirs_kv = (statistics.median(self.kv_tokens[self.engines(s, workload)]) for s in (own, other))
+        words.append(f"{ours_kv / theirs_kv:.2f} x the KV tokens an engine")
         if ours["preemptions"] or theirs["preemptions"]:
             words.append(f"{ours['preemptions']:.0f} preemptions, not {theirs['preemptions']:.0f}")
         words.append(f"{ours['copy_rate']:.3g} GB/s copied an engine, {ours['requests']:.0f} requests to owners")
@@ -119,7 +125,7 @@ class Results:
     def run(self) -> dict[str, Any]:
         """How it ran, for the results file."""
         replicas, gpus = self.options.replicas, self.options.gpus
-        names = ("workloads", "repeats", "rounds", "weights", "engine", "sidp", "quick")
+        names = ("workloads", "repeats", "rounds", "weights", "engine", "sidp", "resident", "quick")
         return {
             "world_size": replicas,
             "gpus": gpus,
@@ -133,11 +139,11 @@ class Results:
         found = []
         for system in self.options.systems:
             subject = system.replace("-", "_")
-            if system in self.starts:
-                found.append(Figure(CASE, "start", subject, "s", {}, tuple(self.starts[system]), False))
-                found.append(
-                    Figure(CASE, "kv_of_an_engine", subject, "tokens", {}, tuple(self.kv_tokens[system]), True)
-                )
+            for key in (key for key in self.starts if key[0] == system):
+                where = {} if key[1] is None else {"resident": key[1]}
+                found.append(Figure(CASE, "start", subject, "s", where, tuple(self.starts[key]), False))
+                kv_tokens = tuple(self.kv_tokens[key])
+                found.append(Figure(CASE, "kv_of_an_engine", subject, "tokens", where, kv_tokens, True))
             for workload in self.options.workloads:
                 if (system, workload) not in self.samples:
                     continue
@@ -212,14 +218,16 @@ def render(results: Results, console: Console) -> None:
         "idle": "idle",
     }
     why = Table(title="medians that explain it", title_justify="left")
-    for name in ("in:out:prompts", "system", "start, s", "KV tokens an engine", *metrics.values()):
+    for name in ("in:out:prompts", "system", "resident", "start, s", "KV tokens an engine", *metrics.values()):
         why.add_column(name, justify="right", overflow="fold")
     for workload in results.options.workloads:
         for system in systems:
             if (system, workload) in results.samples:
-                start, kv = statistics.median(results.starts[system]), statistics.median(results.kv_tokens[system])
+                key = results.engines(system, workload)
+                start, kv = statistics.median(results.starts[key]), statistics.median(results.kv_tokens[key])
+                resident = "" if key[1] is None else str(key[1])
                 cells = [f"{results.median(system, workload, metric):.4g}" for metric in metrics]
-                why.add_row(workload, system_word(system), f"{start:.1f}", f"{kv:.0f}", *cells)
+                why.add_row(workload, system_word(system), resident, f"{start:.1f}", f"{kv:.0f}", *cells)
     if why.row_count:
         console.print(why)
     render_notes(results.figures(), console)

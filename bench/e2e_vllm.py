@@ -18,12 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sidp_runtime import _C
+from sidp_runtime.errors import SidpError
+from sidp_runtime.integrations.vllm.settings import PoolSettings
+from sidp_runtime.planner import GpuProfile, MemorySettings, ModelShape, Planner, Workload
+from sidp_runtime.planner.memory import spread_layers
 
 from . import e2e_table, vllm_engine
 from .e2e_table import Results, Sample
@@ -33,6 +38,7 @@ from .harness import Report
 
 SYSTEMS = ("dp", "tp", "sidp", "sidp-was", "sidp-cas")
 WARM_UP_TOKENS = 16
+LONG_SHARE = 0.05  # of a workload's requests, where it has long ones
 _GRACE_S = 15.0
 
 
@@ -57,7 +63,9 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = vllm_engine.serv
                 if system in results.failed:
                     continue
                 try:
-                    _measure(system, options, results, serve, logs / f"{system}-{number}", save)
+                    for resident, chosen in starts(system, options).items():
+                        name = f"{system}-{number}" + ("" if resident is None else f"-{resident}")
+                        _measure(system, resident, chosen, options, results, serve, logs / name, save)
                 except EngineError as error:
                     results.failed[system] = str(error)
                     console.print(f"{system}: {error}", markup=False, highlight=False)
@@ -78,6 +86,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="host", help="sidp's: host or nvshmem")
     parser.add_argument("--weights", default="checkpoint", choices=("checkpoint", "dummy"))
     parser.add_argument("--sidp", type=_object, default={}, help="more settings of the pool, a JSON object")
+    parser.add_argument(
+        "--plan-for",
+        metavar="GPU",
+        help="as sidp plan --gpu takes it: SiDP is started for each number of resident layers that the planner picks",
+    )
     parser.add_argument("--engine", type=_object, default={}, help="arguments of vllm.LLM for all, a JSON object")
     parser.add_argument("--quick", action="store_true", help="does it run? Few prompts and little memory, no figure")
     parser.add_argument("--limit", type=float, default=7200, help="seconds of the whole run; what is left then fails")
@@ -100,6 +113,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--repeats {','.join(repeats)}: a whole number above 0, or one for each workload")
     options.repeats = [int(n) for n in repeats] * (len(options.workloads) if len(repeats) == 1 else 1)
     options.gpus = min(num_gpus(), options.replicas)
+    if options.plan_for and "resident_layers" in options.sidp:
+        parser.error("--sidp names resident layers, and --plan-for has the planner pick them")
+    try:
+        options.resident = {w: planned(w, options) if options.plan_for else None for w in options.workloads}
+    except SidpError as error:
+        parser.error(f"--plan-for {options.plan_for}: {error}")
     options.begun = time.monotonic()
     if options.quick:
         share = options.gpus / options.replicas if options.gpus else 1.0
@@ -125,26 +144,65 @@ def _positive(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
 
+def planned(workload: str, options: argparse.Namespace) -> int:
+    """How many resident layers the planner picks for these engines and an endless queue of such requests."""
+    length, out, _, *long = (int(part) for part in workload.split(":"))
+    if long:
+        out = round((1 - LONG_SHARE) * out + LONG_SHARE * long[0])
+    given = {
+        name: options.engine[key]
+        for key, name in (("max_num_batched_tokens", "step_tokens"), ("max_num_seqs", "max_sequences"))
+        if key in options.engine
+    }
+    pool = PoolSettings(**{k: options.sidp[k] for k in ("max_rows", "ring_slots") if k in options.sidp})
+    memory = MemorySettings(max_rows=pool.max_rows, ring_slots=pool.ring_slots)
+    if "gpu_memory_utilization" in options.engine:
+        memory = replace(memory, utilization=options.engine["gpu_memory_utilization"])
+    shape, gpu = ModelShape.read(options.model), GpuProfile.read(options.plan_for)
+    plan = Planner(shape, gpu, options.replicas, memory, **given).plan(Workload(length, out))
+    return plan.best.num_resident or 0
+
+
+def starts(system: str, options: argparse.Namespace) -> dict[int | None, list[tuple[str, int]]]:
+    """For each start of the system in a round, by resident layers: workloads and how often each is sampled."""
+    found: dict[int | None, list[tuple[str, int]]] = {}
+    for workload, repeats in zip(options.workloads, options.repeats, strict=True):
+        resident = options.resident[workload] if system.startswith("sidp") else None
+        found.setdefault(resident, []).append((workload, repeats))
+    return found
+
+
 def order(systems: Sequence[str], number: int) -> list[str]:
     """Of round ``number``: as they were given, rotated, so that each is first, second ... equally often."""
     turn = number % len(systems)
     return [*systems[turn:], *systems[:turn]]
 
 
-def engine_settings(system: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each engine of the system, what ``serve`` is told."""
+def engine_settings(system: str, options: argparse.Namespace, resident: int | None = None) -> list[dict[str, Any]]:
+    """For each engine of the system, what ``serve`` is told. ``resident``: layers that each keeps, evenly spread."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mode = {"mode": system.partition("-")[2] or "auto"}
     pool = {"world_size": options.replicas, "backend": options.backend, "weights": options.weights, **mode}
+    if resident is not None:
+        pool["resident_layers"] = spread_layers(ModelShape.read(options.model).num_layers, resident)
     common = {name: getattr(options, name) for name in ("model", "replicas", "weights", "engine", "gpus")}
     common |= {"system": system, "port": port, "token": secrets.token_hex(16), "pool": {**pool, **options.sidp}}
     return [{**common, "rank": rank} for rank in range(1 if system == "tp" else options.replicas)]
 
 
-def _measure(system: str, options: argparse.Namespace, results: Results, serve: Serve, logs: Path, save: Any) -> None:
-    """Starts the system's engines, runs the workloads, ends them. Results are added as they come."""
+def _measure(
+    system: str,
+    resident: int | None,
+    chosen: Sequence[tuple[str, int]],
+    options: argparse.Namespace,
+    results: Results,
+    serve: Serve,
+    logs: Path,
+    save: Any,
+) -> None:
+    """Starts the system's engines, runs the chosen workloads, ends them. Results are added as they come."""
     if system == "tp" and 0 < options.gpus < options.replicas:
         results.unavailable[system] = f"NCCL takes no two ranks on one GPU, and there are {options.gpus}"
         return
@@ -159,13 +217,13 @@ def _measure(system: str, options: argparse.Namespace, results: Results, serve: 
     start = time.monotonic()
     results.order.append(system)
     vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
-    settings = engine_settings(system, options)
+    settings = engine_settings(system, options, resident)
     engines = Engines(serve, settings, logs)
     grace_s = 0.0  # of engines that failed, or stand beside one that did
     try:
         ready = engines.answers(first_limit)
-        results.started(system, time.monotonic() - start, [answer["kv_tokens"] for answer in ready])
-        for workload, repeats in zip(options.workloads, options.repeats, strict=True):
+        results.started(system, resident, time.monotonic() - start, [answer["kv_tokens"] for answer in ready])
+        for workload, repeats in chosen:
             _sample(engines, len(ready), warm_up(requests(workload, -1, vocabulary), len(ready)), limit())
             for repeat in range(repeats):
                 asked = requests(workload, repeat, vocabulary)
@@ -187,7 +245,7 @@ def requests(workload: str, repeat: int, vocabulary: int) -> list[Request]:
     length, short, count, *long = (int(part) for part in workload.split(":"))
     dice = random.Random(f"{workload} {repeat}")
     return [
-        ([dice.randrange(vocabulary) for _ in range(length)], long[0] if long and dice.random() < 0.05 else short)
+        ([dice.randrange(vocabulary) for _ in range(length)], long[0] if long and dice.random() < LONG_SHARE else short)
         for _ in range(count)
     ]
 

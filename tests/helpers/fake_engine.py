@@ -24,7 +24,8 @@ def serve(link: Any, settings: dict[str, Any]) -> None:
     if how == "start":
         print("WARNING an OSError: of no account\nCudaError: the first cause", flush=True)
         raise ValueError("no memory")
-    link.send(("ok", {"kv_tokens": 1600 if system.startswith("sidp") else 1000}))
+    resident = len(settings["pool"].get("resident_layers", ()))
+    link.send(("ok", {"kv_tokens": 1600 - 10 * resident if system.startswith("sidp") else 1000}))
     runs = 0
     loaded: list[tuple[list[int], int]] = []
     while (message := link.recv())[0] != "close":

@@ -14,6 +14,7 @@ from helpers import fake_engine
 
 from bench import e2e_vllm
 from bench.harness import Report
+from sidp_runtime.planner.model_shape import bundled_config
 
 WORKLOAD = "4:8:4"
 
@@ -102,12 +103,45 @@ def test_a_workload_has_its_own_number_of_samples(model: Path) -> None:
         assert counts == [2, 1]
 
 
+def test_sidp_is_started_for_each_residency_that_the_planner_picks(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(bundled_config("Qwen/Qwen3-32B")))
+    words = ("--plan-for", "H200", "--workloads", "512:2048:2,8192:64:2,1024:128:2", "--repeats", "1")
+    rate = {"dp": 1e6, "sidp": 1e5}
+    code, report, ran = run(model, "dp,sidp", *words, rate=rate, gpu_memory_utilization=0.57, max_num_seqs=256)
+    assert code == 0
+    assert ran["resident"] == {"512:2048:2": 0, "8192:64:2": 40, "1024:128:2": 0}
+    assert ran["order"] == ["dp", "sidp", "sidp"]
+    found = rows(report)
+    assert found["e2e_vllm/kv_of_an_engine/dp"].samples == (1000, 1000)
+    assert found["e2e_vllm/kv_of_an_engine/sidp resident=0"].samples == (1600, 1600)
+    assert found["e2e_vllm/kv_of_an_engine/sidp resident=40"].samples == (1200, 1200)
+    assert len(found["e2e_vllm/start/sidp resident=0"].samples) == 1
+    (cause,) = ran["causes"]["8192:64:2"]
+    assert "1.20 x the KV tokens an engine" in cause
+    assert "1.60 x the KV tokens an engine" in ran["causes"]["512:2048:2"][0]
+
+
+def test_the_planner_is_asked_about_these_engines() -> None:
+    def resident(workload: str, *more: str) -> int:
+        words = ["--model", "Qwen/Qwen3-32B", "--workloads", workload, "--plan-for", "H200", *more]
+        picked: int = e2e_vllm.parse(words).resident[workload]
+        return picked
+
+    assert resident("1024:128:2") == 63
+    assert resident("1024:128:2", "--engine", '{"gpu_memory_utilization": 0.57}') == 0
+    long_tail = resident("512:128:2:4096", "--engine", '{"gpu_memory_utilization": 0.57}')
+    assert long_tail == resident("512:326:2", "--engine", '{"gpu_memory_utilization": 0.57}')
+    assert resident("512:2048:2", "--engine", '{"max_num_seqs": 64}') > resident("512:2048:2")
+
+
 def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, text in (
         (("--systems", "dp,ep"), "there is no system ep"),
         (("--systems", "sidp-was", "--sidp", '{"mode": "cas"}'), "--sidp gives a mode"),
         (("--workloads", "1024:128"), "a workload is in:out:prompts"),
         (("--engine", "[]"), "no JSON object"),
+        (("--plan-for", "H200", "--sidp", '{"resident_layers": [1]}'), "has the planner pick them"),
+        (("--plan-for", "H2000"), "--plan-for H2000"),
         (("--repeats", "0"), "a whole number above 0, or one for each workload"),
         (("--repeats", "3,1"), "--repeats 3,1: a whole number above 0, or one for each workload"),
     ):
