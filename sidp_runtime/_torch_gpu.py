@@ -55,18 +55,22 @@ def free_bytes(device: int) -> int:
 
 
 class Taken:
-    """Bytes that went from a GPU beside torch's allocator, part by part; those of other processes there count too.
+    """Seconds of set-up, and bytes that went from a GPU beside torch's allocator, part by part.
 
-    On the host (``device`` None) nothing is counted.
+    Those of other processes there count too. On the host (``device`` None) no bytes are counted.
     """
 
     def __init__(self, device: int | None) -> None:
         self._device = device
         self.by_part: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
         self._left = self._not_taken()
+        self._marked = time.monotonic()
 
     def mark(self, part: str) -> None:
         """What went since the last mark was for ``part``."""
+        before_s, self._marked = self._marked, time.monotonic()
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._marked - before_s
         before, self._left = self._left, self._not_taken()
         if self._device is not None:
             self.by_part[part] = self.by_part.get(part, 0) + before - self._left

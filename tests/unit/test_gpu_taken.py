@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -26,3 +28,12 @@ def test_nothing_is_taken_on_the_host() -> None:
     taken = Taken(None)
     taken.mark("pool")
     assert taken.by_part == {}
+
+
+def test_the_seconds_of_a_part_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((10.0, 11.5, 12.0, 15.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    taken = Taken(None)
+    for part in ("model", "pool", "model"):
+        taken.mark(part)
+    assert taken.seconds == {"model": 4.5, "pool": 0.5}

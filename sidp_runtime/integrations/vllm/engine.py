@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import Group, Mode, Runtime, WeightPool
+from ..._torch_gpu import Taken
 from ...errors import ConfigError, UsageError
 from .settings import MODES, Settings
 from .step import StepState, set_state
@@ -22,7 +23,7 @@ class Engine:
     runtime: Runtime
     state: StepState
     load: dict[str, Any]
-    gpu_bytes_taken: dict[str, int]
+    taken: Taken
     budgets_asked: int = 0
 
     def describe(self) -> str:
@@ -33,7 +34,9 @@ class Engine:
             f"{memory['owned_bytes']} bytes owned, {memory['ring_bytes']} of ring, {memory['pool_resident_bytes']} "
             f"resident, of {memory['pooled_bytes']} pooled; read {self.load['bytes_read']} of "
             f"{self.load['checkpoint_bytes']} bytes in {self.load['seconds']:.1f} s; of the GPU beside torch's own: "
-            + (", ".join(f"{part} {count}" for part, count in self.gpu_bytes_taken.items()) or "nothing")
+            + (", ".join(f"{part} {count}" for part, count in self.taken.by_part.items()) or "nothing")
+            + "; seconds: "
+            + ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.taken.seconds.items())
         )
 
     def memory(self) -> dict[str, int]:
@@ -45,7 +48,7 @@ class Engine:
             "owned_bytes": placement.pool_bytes(rank),
             "pool_resident_bytes": placement.resident_bytes,
             "ring_bytes": placement.ring_bytes(rank),
-            **{f"gpu_{part}_bytes": count for part, count in self.gpu_bytes_taken.items()},
+            **{f"gpu_{part}_bytes": count for part, count in self.taken.by_part.items()},
         }
 
     def stats(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class Engine:
             **self.runtime.stats(),
             "rank": self.group.rank,
             "world_size": self.group.world_size,
-            "load": self.load,
+            "load": {**self.load, "setup_seconds": self.taken.seconds},
             "memory": self.memory(),
         }
         check_used(stats, len(self.pool.placement.streamed_layers(self.group.rank)))

@@ -113,7 +113,7 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
         state = StepState(runtime, num_layers, chosen.pool.max_rows, _MODES[chosen.pool.mode], first_is_was=on_gpu)
         install(model, offloader.blocks, state, with_computes=chosen.pool.mode != "was")
         set_state(state)
-        engine = Engine(chosen, group, pool, runtime, state, self._load, taken.by_part)
+        engine = Engine(chosen, group, pool, runtime, state, self._load, taken)
         set_engine(engine)
         logger.info("sidp: %s", engine.describe())
         return model
