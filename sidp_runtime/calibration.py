@@ -206,9 +206,13 @@ def run(
     if profile is not None:
         given = machine_profile.read(profile, None if backend == "host" else 0)
     job = make_job(backend=backend, model=model, num_layers=num_layers, check=sizes, profile=given)
-    console = Console()
+    console, start = Console(), time.monotonic()
+
+    def note(stage: str) -> None:
+        console.print(f"{time.monotonic() - start:6.1f} s: {stage}", highlight=False)
+
     with console.status("starting") as status:  # of which only a terminal shows anything
-        found = calibrate(job, status.update if console.is_terminal else console.print)
+        found = calibrate(job, status.update if console.is_terminal else note)
     render(found, console)
     paths = [] if given is not None else store(found.document)
     if out is not None:
@@ -231,7 +235,7 @@ def render(found: Calibration, console: Console) -> None:
         f"link {p.copy_bytes_per_s / 1e9:.3g} GB/s after {p.copy_latency_us:.3g} us a copy, round trip "
         f"{p.round_trip_us:.3g} us, many rows at {(p.request_bytes_per_s or p.copy_bytes_per_s) / 1e9:.3g} GB/s, "
         f"memory {p.memory_bytes_per_s / 1e9:.3g} GB/s, {p.flops_per_s / 1e12:.3g} TFLOPS; "
-        f"measured in {found.seconds:.1f} s",
+        f"measured{' and checked' if found.steps else ''} in {found.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )
