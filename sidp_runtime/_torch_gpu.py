@@ -243,14 +243,19 @@ def _link_source(device: int, pool: WeightPool | None) -> torch.Tensor | None:
     return None
 
 
-def _bundled_link(device: int) -> float:
-    """The link of the bundled profile of this GPU; its own memory would say nothing of one."""
+def bundled_rates(device: int) -> MachineProfile | None:
+    """Those of the bundled profile of this GPU, by its name; None if none is."""
     from .planner.gpus import GpuProfile, bundled_gpus
 
+    words = torch.cuda.get_device_name(device).split()
+    return next((GpuProfile.read(known).rates for known in bundled_gpus() if known in words), None)
+
+
+def _bundled_link(device: int) -> float:
+    """The link of the bundled profile of this GPU; its own memory would say nothing of one."""
+    if (rates := bundled_rates(device)) is not None:
+        return rates.copy_bytes_per_s
     name = torch.cuda.get_device_name(device)
-    for known in bundled_gpus():
-        if known in name.split():
-            return GpuProfile.read(known).rates.copy_bytes_per_s
     raise ConfigError(
         f"the link of device {device} ({name}) cannot be measured, and no bundled profile is of this GPU: no other "
         f"GPU is visible here with {_LINK_BYTES >> 20} MiB free, and no pool was given that has a rank on another GPU. "

@@ -101,3 +101,7 @@ class SlowCopyWarning(UserWarning):
 
 class UnhelpfulWarning(UserWarning):
     """A configuration that is predicted not to pay; ``warnings.simplefilter("error", UnhelpfulWarning)`` refuses it."""
+
+
+class DoubtfulProfileWarning(UserWarning):
+    """A rate was measured far below the one that this GPU is known for, as on a busy GPU. It is used, and not kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from . import _C, config, machine_profile
 from ._C import Mode
-from .errors import ConfigError
+from .errors import ConfigError, DoubtfulProfileWarning
 from .machine_profile import MachineProfile
 
 if TYPE_CHECKING:
     from .weight_pool import WeightPool
 
 LARGEST_STEP = 8192  # tokens; engines seldom schedule more
+DOUBTFUL_BELOW = 0.5  # of the rates that this GPU is known for
 HELPFUL_WITHIN = 0.10  # a step that is slower than plain DP's by no more is not held against a configuration
 
 
@@ -68,15 +70,21 @@ class ModePolicy:
         peer mapping where no profile has it, and nothing else of a profile anew. A stored profile of another machine,
         other versions or another schema, or a damaged one, is measured again. ``ConfigError`` if a link can be neither
         measured nor looked up, ``CapacityError`` if the GPU has no room to measure.
+
+        Of a GPU whose rates are known, a short measurement of less than half of one, as on a busy GPU, is made twice,
+        used with a ``DoubtfulProfileWarning`` and not stored. What ``sidp calibrate`` measured is not doubted.
         """
         path = cache_path(device)
-        try:
-            profile = machine_profile.read(path, device)
-        except ConfigError:  # none yet, of another machine or version, or damaged
+        profile = _stored(path, device)
+        if profile is None:
             profile = measure(device, pool)
+            if doubts(profile, device):
+                again = measure(device, pool)
+                profile = max(profile, again, key=lambda found: found.copy_bytes_per_s)
             key = machine_profile.machine_key(device)
             source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
-            machine_profile.write(path, machine_profile.document(profile, key, memory_bytes(device), source))
+            if not _warn_of(doubts(profile, device), path):
+                machine_profile.write(path, machine_profile.document(profile, key, memory_bytes(device), source))
         else:
             missing = pool is not None and "copy_bytes_per_s" in profile.assumed
             link = measure_link(device, pool) if missing else None
@@ -86,7 +94,8 @@ class ModePolicy:
                 if rows is not None and "request_bytes_per_s" in assumed:
                     rows *= link / profile.copy_bytes_per_s
                 profile = replace(profile, copy_bytes_per_s=link, request_bytes_per_s=rows, assumed=assumed)
-                machine_profile.amend(path, profile, "the link later, through a pool")
+                if not _warn_of(doubts(profile, device), path):
+                    machine_profile.amend(path, profile, "the link later, through a pool")
         return cls(profile, fixed, hysteresis)
 
     @classmethod
@@ -106,6 +115,47 @@ class ModePolicy:
     ) -> ModePolicy:
         """A policy from what ``sidp calibrate --out`` wrote. ``ConfigError`` says why a profile is not valid here."""
         return cls(machine_profile.read(Path(path), device), fixed, hysteresis)
+
+
+def _stored(path: Path, device: int | None) -> MachineProfile | None:
+    """None: none yet, of another machine or version, damaged, or a short measurement to be doubted."""
+    try:
+        profile = machine_profile.read(path, device)
+    except ConfigError:
+        return None
+    return None if profile.assumed and doubts(profile, device) else profile
+
+
+def doubts(profile: MachineProfile, device: int | None) -> list[str]:
+    """The rates that are below half of those which this GPU is known for, in words. None of the host's are."""
+    known = _known_rates(device)
+    if known is None:
+        return []
+    return [
+        f"{name} {rate / 1e9:.4g} GB/s, known {usual / 1e9:.4g}"
+        for name in ("copy_bytes_per_s", "memory_bytes_per_s")
+        if (rate := getattr(profile, name)) < DOUBTFUL_BELOW * (usual := getattr(known, name))
+    ]
+
+
+def _known_rates(device: int | None) -> MachineProfile | None:
+    if device is None:
+        return None
+    from . import _torch_gpu
+
+    return _torch_gpu.bundled_rates(device)
+
+
+def _warn_of(found: list[str], path: Path) -> bool:
+    if found:
+        warnings.warn(
+            f"measured far below what this GPU is known for, so it is not kept in {path}: {'; '.join(found)}. Another "
+            "process may use the GPU, and the modes chosen here may be the slower ones: start again when it is free, "
+            "or run `sidp calibrate` once, whose profile is kept",
+            DoubtfulProfileWarning,
+            stacklevel=3,
+        )
+    return bool(found)
 
 
 def cache_path(device: int | None) -> Path:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,12 @@ def tier_of(path: Path) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput") and os.environ.get("SIDP_TEST_GPU") == "1":
+    if not hasattr(config, "workerinput"):
+        # What tests measure beside each other must not become the profile of who runs them. Workers inherit it.
+        folder = tempfile.TemporaryDirectory(prefix="sidp-test-cache-")
+        os.environ["SIDP_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
+    elif os.environ.get("SIDP_TEST_GPU") == "1":
         own_shared_memory()
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sidp_runtime import _C, Placement, _torch_gpu
+from sidp_runtime import _C, MachineProfile, Placement, _torch_gpu, policy
 from sidp_runtime.errors import CapacityError, ConfigError
 from sidp_runtime.group import Group
 
 pytestmark = pytest.mark.unit
 
+PROFILE = MachineProfile(copy_bytes_per_s=1e11, round_trip_us=10.0, memory_bytes_per_s=3e12, flops_per_s=1e14)
 MAPPED = b"layer %d as mapped here"
 
 
@@ -68,9 +70,12 @@ def test_a_full_gpu_is_passed_over_and_then_the_link_is_assumed(
     assert _torch_gpu.measure_link(0, None) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert _torch_gpu._bundled_link(0) > 1e11
+    (doubt,) = policy.doubts(replace(PROFILE, copy_bytes_per_s=5.9e9), 0)
+    assert doubt.startswith("copy_bytes_per_s 5.9 GB/s, known 39")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
     with pytest.raises(ConfigError, match="no other GPU is visible here with 256 MiB free"):
         _torch_gpu._bundled_link(0)
+    assert policy.doubts(PROFILE, 0) == []  # nothing is known of it
 
 
 @pytest.mark.parametrize("call", [_torch_gpu.measure, _torch_gpu.measure_link])

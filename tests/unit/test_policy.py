@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidp_runtime import _C, MachineProfile, Mode, ModePolicy, machine_profile, policy
-from sidp_runtime.errors import ConfigError
+from sidp_runtime.errors import ConfigError, DoubtfulProfileWarning
 from sidp_runtime.planner import GpuProfile
 
 PROFILE = MachineProfile(copy_bytes_per_s=1e9, round_trip_us=100.0, memory_bytes_per_s=1e10, flops_per_s=1e11)
@@ -243,6 +243,52 @@ def test_a_link_that_was_assumed_is_all_that_is_measured_later(
     assert ModePolicy.calibrated(pool=pool).profile == found  # stored, and not asked for again
     assert json.loads(path.read_text())["measured"]["source"] == "calibrated; the link later, through a pool"
     assert not measured
+
+
+@pytest.fixture
+def busy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A GPU that is known for 10 GB/s: what its link is measured at, in turn."""
+    rates: list[float] = []
+    marked = replace(MEASURED, assumed=("round_trip_us",))
+    monkeypatch.setattr(policy, "measure", lambda device, pool: replace(marked, copy_bytes_per_s=rates.pop(0)))
+    monkeypatch.setattr(policy, "measure_link", lambda device, pool: rates.pop(0))
+    monkeypatch.setattr(policy, "_known_rates", lambda device: replace(MEASURED, copy_bytes_per_s=1e10))
+    return rates
+
+
+def test_what_a_busy_gpu_gives_is_measured_twice_used_and_not_kept(busy: list[float], cache: Path) -> None:
+    busy += [1e8, 3e8, 2e8, 6e9]
+    with pytest.warns(DoubtfulProfileWarning, match=r"not kept.*copy_bytes_per_s 0\.3 GB/s, known 10.*sidp calibrate"):
+        assert ModePolicy.calibrated().profile.copy_bytes_per_s == 3e8
+    assert not cache.exists()
+    assert ModePolicy.calibrated().profile.copy_bytes_per_s == 6e9  # by now it is free
+    assert ModePolicy.calibrated().profile.copy_bytes_per_s == 6e9
+    assert not busy
+
+
+def test_a_doubtful_profile_is_measured_again_unless_calibrate_made_it(busy: list[float], cache: Path) -> None:
+    path, key = cache / "profile-host.json", machine_profile.machine_key(None)
+    slow = replace(MEASURED, copy_bytes_per_s=1e8)
+    machine_profile.write(path, machine_profile.document(slow, key, 1, "sidp calibrate"))
+    assert ModePolicy.calibrated().profile == slow
+    short = replace(slow, assumed=("round_trip_us",))
+    machine_profile.write(path, machine_profile.document(short, key, 1, "in short"))
+    busy.append(6e9)
+    assert ModePolicy.calibrated().profile.copy_bytes_per_s == 6e9
+    slow_memory = replace(short, copy_bytes_per_s=6e9, memory_bytes_per_s=9e9)
+    assert policy.doubts(slow_memory, None) == ["memory_bytes_per_s 9 GB/s, known 20"]
+
+
+def test_a_link_that_is_doubtful_later_is_not_kept(busy: list[float], cache: Path) -> None:
+    path, key = cache / "profile-host.json", machine_profile.machine_key(None)
+    without = replace(MEASURED, copy_bytes_per_s=1e10, assumed=("copy_bytes_per_s",))
+    machine_profile.write(path, machine_profile.document(without, key, 1, "in short"))
+    busy += [1e8, 9e9]
+    pool: Any = object()
+    with pytest.warns(DoubtfulProfileWarning):
+        assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 1e8
+    assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 9e9
+    assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 9e9
 
 
 def edited(part: str, **changes: object) -> Callable[[dict[str, Any]], Any]:
