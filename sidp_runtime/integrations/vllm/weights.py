@@ -14,8 +14,8 @@ from torch import nn
 
 from ..._torch import dtype_of
 from ...errors import CheckpointError, ConfigError, UnsupportedError
-from ...loading import Checkpoint, CheckpointSource, LoadReport, TensorEntry
-from ...manifest import DTYPE_BYTES, TensorSpec
+from ...loading import Checkpoint, LoadReport, ReadAhead, TensorEntry
+from ...manifest import DTYPE_BYTES
 
 # Stored linears of a decoder layer: parts of vLLM's merged ones, and the merged ones themselves. Scales of the KV cache
 # may stand below them too; those belong to the attention, which every rank has whole.
@@ -36,7 +36,7 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """A checkpoint's, through the model's own ``load_weights``. Peak beside the model: one tensor."""
+    """A checkpoint's, through the model's own ``load_weights``. Host memory: what ``ReadAhead`` holds."""
 
     def __init__(self, model: Any, path: str, num_layers: int) -> None:
         if not Path(path).is_dir():
@@ -58,8 +58,12 @@ class StoredWeights:
     def fill(self, layer: int | None, parameters: Mapping[str, nn.Parameter]) -> None:
         """``CheckpointError`` if the checkpoint lacks one."""
         begin = time.perf_counter()
-        with CheckpointSource(self._checkpoint) as source:
-            loaded = self._model.load_weights(self._stored(source, self._by_layer.get(layer, [])))
+        entries = self._by_layer.get(layer, [])
+        for entry in entries:
+            if entry.dtype not in DTYPE_BYTES:
+                raise UnsupportedError(f"tensor {entry.name!r} is stored as {entry.dtype}")
+        with ReadAhead(self._checkpoint) as source:
+            loaded = self._model.load_weights(self._stored(source, entries))
             self._read += source.bytes_read
         if not isinstance(loaded, set):
             raise UnsupportedError(
@@ -69,16 +73,11 @@ class StoredWeights:
             raise CheckpointError(f"{self._path} lacks {len(missing)} tensors of the model: {', '.join(missing[:4])}")
         self._seconds += time.perf_counter() - begin
 
-    def _stored(self, source: CheckpointSource, entries: list[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
-        for entry in entries:
-            if entry.dtype not in DTYPE_BYTES:
-                raise UnsupportedError(f"tensor {entry.name!r} is stored as {entry.dtype}")
-            spec = TensorSpec(entry.name, entry.shape, entry.dtype)
-            tensor = torch.empty(entry.shape, dtype=dtype_of(entry.dtype), device="cpu")
-            source.read_into(entry.name, tensor.view(-1).view(torch.uint8).numpy().data, spec)
+    def _stored(self, source: ReadAhead, entries: list[TensorEntry]) -> Iterator[tuple[str, torch.Tensor]]:
+        for entry, stored in source.tensors(entries):
             self._tensors += 1
-            self._bytes += spec.num_bytes
-            yield entry.name, tensor
+            self._bytes += stored.nbytes
+            yield entry.name, torch.from_numpy(stored).view(dtype_of(entry.dtype)).view(entry.shape)
 
     def report(self) -> tuple[LoadReport, int]:
         return LoadReport(self._read, self._bytes, self._seconds, self._tensors), self._checkpoint.total_bytes
