@@ -45,6 +45,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def read_into(source: CheckpointSource, name: str, *rest: object) -> int:
         begun.append(name)
+        time.sleep(0.02)
         return plain(source, name, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CheckpointSource, "read_into", read_into)
@@ -114,8 +115,8 @@ def test_an_error_is_raised_at_its_tensor(
 
 def test_what_nobody_takes_is_not_read_on(checkpoint: Checkpoint, reads: list[str]) -> None:
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    with ReadAhead(checkpoint, readers=1, limit_bytes=2 * NUM_BYTES) as source:
+    with ReadAhead(checkpoint, readers=1) as source:
         next(source.tensors(entries_of(checkpoint)))
-    assert len(reads) <= 2
+    assert len(reads) < COUNT - 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sidp-read")]
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
