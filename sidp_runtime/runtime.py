@@ -85,10 +85,10 @@ class Step:
 class Runtime:
     """Uses a published pool, one thread at a time. Constructing is collective; steps never wait for a peer's step.
 
-    ``policy``: None, on all ranks or on none: measured if need be, one rank after the other
-    (``ModePolicy.calibrated_in_turns``). ``ops``: what ``remote_compute`` can ask for, the same on all ranks; none: WaS
-    only. ``max_rows``: rows of the largest request. ``deadline_ms``: bound of every wait in a step, by default the
-    group's. What one rank refuses here, a warning made an error too, ends the others' set-up at once.
+    ``policy``: None, on all ranks or on none: measured if need be (``ModePolicy.calibrated_in_turns``). ``ops``: what
+    ``remote_compute`` can ask for, the same on all ranks, a layer's in order of use; none: WaS only. ``max_rows``: rows
+    of the largest request. ``deadline_ms``: bound of every wait in a step, by default the group's. What one rank
+    refuses, a warning made an error too, ends the others' set-up at once.
 
     On the host the stream is the calling thread, and ``stream`` takes only ``None``. On a GPU calls only enqueue:
     ``stream`` is a ``torch.cuda.Stream``, a handle, or ``None`` for torch's current one; a step runs on one stream and

@@ -35,7 +35,7 @@ class FunctionOpKernel final : public OpKernel {
 };
 
 // An op and its kernel for each layer that has it (nullptr elsewhere). All ranks declare the same ops in the same
-// order.
+// order, which for those of a layer is that of their use.
 struct Op {
   std::string name;
   std::string description;  // canonical text of what it computes; compared on all ranks

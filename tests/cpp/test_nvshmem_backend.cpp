@@ -104,6 +104,22 @@ TEST(GpuBackend, RequestsWaitForTheOwnersTurn) {
   }
 }
 
+// Of a layer's two ops the second does not wait: if the owner began layers of its own between them, each replica would
+// wait for the other's whole layer. Here rank 0 is at its turn, and owns the layers with two.
+TEST(GpuBackend, RequestsThatGoOnWithALayerDoNotWait) {
+  RankGroup group(2, gpu({"mode=cas", "linger=1"}));
+  group.start(1, {"do=ask"});
+  group.start(0, {"do=turn", "how=held"});
+  group.wait_for_mark(0, "in turn");
+  group.set_mark("go");
+  group.wait_for_mark(1, "answered");
+  group.set_mark("end");
+  group.set_mark("stop");
+  expect_all_finish(group, 2);
+  EXPECT_GT(number(group.result(0), "served"), 2);
+  EXPECT_EQ(number(group.result(0), "deferred"), number(group.result(0), "served") / 2);
+}
+
 // A thread that blocks in a launch, because the queue is full, may keep the service from launching what empties it.
 TEST(GpuBackend, AThreadWaitsBeforeItHasQueuedTooMuchBehindARequest) {
   for (const auto& [local, unanswered] : {std::pair{"0", 4}, {"1", 2}, {"4", 1}}) {

@@ -55,6 +55,7 @@ StreamChannel::StreamChannel(std::shared_ptr<const Device> device, WeightPool& p
       stand_ins_(static_cast<std::size_t>(world_size_)),
       run_ahead_(host_, index(HostWord::kAnswered), options_.deadline),
       deferred_since_(static_cast<std::size_t>(world_size_)),
+      last_served_(static_cast<std::size_t>(world_size_)),
       served_by_peer_(static_cast<std::size_t>(world_size_)) {
   if (pool.placement().num_layers() > Request::kMaxLayers || mailbox.ops().size() > Request::kMaxOps ||
       mailbox.max_rows() > Request::kMaxRows)
@@ -287,14 +288,17 @@ bool StreamChannel::take_requests() {
       continue;
     }
     any = true;
-    if (may_serve(requester) && claim(rank_, requester, word)) serve(requester, Request::from(word));
+    const Request request = Request::from(word);
+    if (may_serve(requester, request) && claim(rank_, requester, word)) serve(requester, request);
   }
   return any;
 }
 
-bool StreamChannel::may_serve(Rank requester) {
+bool StreamChannel::may_serve(Rank requester, const Request& request) {
   std::optional<Clock::time_point>& since = deferred_since_[static_cast<std::size_t>(requester)];
-  if (host_.load(index(HostWord::kTurn)) != 0) {
+  const std::optional<Request>& before = last_served_[static_cast<std::size_t>(requester)];
+  const bool begun = before && before->layer == request.layer && before->op < request.op;
+  if (!begun && host_.load(index(HostWord::kTurn)) != 0) {
     const auto now = Clock::now();
     if (!since) {
       since = now;
@@ -335,6 +339,7 @@ void StreamChannel::serve(Rank requester, const Request& request) {
   if (options_.service.test_delay_us > 0)
     std::this_thread::sleep_for(std::chrono::microseconds(options_.service.test_delay_us));
   const TraceSpan span = service_span(TraceEvent::Kind::kService, requester, request);
+  last_served_[static_cast<std::size_t>(requester)] = request;
   auto& served = served_by_peer_[static_cast<std::size_t>(requester)];
   const auto rows = static_cast<std::uint64_t>(request.rows);
   // Counted first: the requester may have its answer before the launch returns.

@@ -126,8 +126,8 @@ class StreamChannel final : public ActivationChannel {
 
   void run();
   bool take_requests();
-  // Whether a request may be served now: not in the engine's turn, but for one that has waited long.
-  bool may_serve(Rank requester);
+  // Whether a request may be served now: in the engine's turn only one that goes on with a layer, or has waited long.
+  bool may_serve(Rank requester, const Request& request);
   void time_services();
   void launch(const GraphOp::Key& key, const Request& request);
   void serve(Rank requester, const Request& request);
@@ -185,6 +185,7 @@ class StreamChannel final : public ActivationChannel {
   RunAhead run_ahead_;                                            // likewise
   std::uint64_t launched_ = 0;                                    // answers; the service's thread
   std::vector<std::optional<Clock::time_point>> deferred_since_;  // by requester; the service's thread
+  std::vector<std::optional<Request>> last_served_;               // by requester; the service's thread
   ServiceTime service_time_;                                      // the service's thread
   std::vector<std::atomic<std::uint64_t>> served_by_peer_;
   std::atomic<std::uint64_t> deferred_{0};
