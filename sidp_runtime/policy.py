@@ -79,8 +79,8 @@ class ModePolicy:
         if profile is None:
             profile = measure(device, pool)
             if doubts(profile, device):
-                again = measure(device, pool)
-                profile = max(profile, again, key=lambda found: found.copy_bytes_per_s)
+                both = profile, measure(device, pool)
+                profile = min(both, key=lambda found: (len(doubts(found, device)), -found.copy_bytes_per_s))
             key = machine_profile.machine_key(device)
             source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
             if not _warn_of(doubts(profile, device), path):
@@ -89,11 +89,10 @@ class ModePolicy:
             missing = pool is not None and "copy_bytes_per_s" in profile.assumed
             link = measure_link(device, pool) if missing else None
             if link is not None:  # the rest was measured, and stays
-                assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
-                rows = profile.request_bytes_per_s
-                if rows is not None and "request_bytes_per_s" in assumed:
-                    rows *= link / profile.copy_bytes_per_s
-                profile = replace(profile, copy_bytes_per_s=link, request_bytes_per_s=rows, assumed=assumed)
+                found = _with_link(profile, link)
+                if doubts(found, device):
+                    found = _with_link(profile, max(link, measure_link(device, pool) or 0.0))
+                profile = found
                 if not _warn_of(doubts(profile, device), path):
                     machine_profile.amend(path, profile, "the link later, through a pool")
         return cls(profile, fixed, hysteresis)
@@ -117,13 +116,23 @@ class ModePolicy:
         return cls(machine_profile.read(Path(path), device), fixed, hysteresis)
 
 
+def _with_link(profile: MachineProfile, link: float) -> MachineProfile:
+    """With a measured link in place of an assumed one, and what requests are assumed to take by it."""
+    assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
+    rows = profile.request_bytes_per_s
+    if rows is not None and "request_bytes_per_s" in assumed:
+        rows *= link / profile.copy_bytes_per_s
+    return replace(profile, copy_bytes_per_s=link, request_bytes_per_s=rows, assumed=assumed)
+
+
 def _stored(path: Path, device: int | None) -> MachineProfile | None:
     """None: none yet, of another machine or version, damaged, or a short measurement to be doubted."""
     try:
         profile = machine_profile.read(path, device)
     except ConfigError:
         return None
-    return None if profile.assumed and doubts(profile, device) else profile
+    short = profile.linear_times is None  # which `sidp calibrate` measures, and nothing else
+    return None if short and doubts(profile, device) else profile
 
 
 def doubts(profile: MachineProfile, device: int | None) -> list[str]:
@@ -150,8 +159,9 @@ def _warn_of(found: list[str], path: Path) -> bool:
     if found:
         warnings.warn(
             f"measured far below what this GPU is known for, so it is not kept in {path}: {'; '.join(found)}. Another "
-            "process may use the GPU, and the modes chosen here may be the slower ones: start again when it is free, "
-            "or run `sidp calibrate` once, whose profile is kept",
+            "process may use the GPU, and the modes chosen here may be the slower ones: start again when it is free. "
+            "If it is what this machine gives (a link over PCIe, a part of a GPU), run `sidp calibrate` once, whose "
+            "profile is kept",
             DoubtfulProfileWarning,
             stacklevel=3,
         )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -31,17 +29,13 @@ class ReadAhead:
 
     def __init__(self, checkpoint: Checkpoint, *, readers: int = READERS, limit_bytes: int = LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._stack = ExitStack()
-        self._sources = [self._stack.enter_context(CheckpointSource(checkpoint)) for _ in range(readers)]
-        self._free: queue.SimpleQueue[CheckpointSource] = queue.SimpleQueue()
-        for source in self._sources:
-            self._free.put(source)
+        self._source = CheckpointSource(checkpoint)
         self._threads = ThreadPoolExecutor(readers, "sidp-read")
 
     @property
     def bytes_read(self) -> int:
         """From disk, so far."""
-        return sum(source.bytes_read for source in self._sources)
+        return self._source.bytes_read
 
     def tensors(self, entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, Bytes]]:
         """Each entry with its bytes as stored, in memory of its own, in the order given.
@@ -61,13 +55,9 @@ class ReadAhead:
             ahead_bytes -= entry.num_bytes
 
     def _read(self, entry: TensorEntry) -> Bytes:
-        source = self._free.get()
-        try:
-            found = np.empty(entry.num_bytes, np.uint8)
-            source.read_into(entry.name, found.data, TensorSpec(entry.name, entry.shape, entry.dtype))
-            return found
-        finally:
-            self._free.put(source)
+        found = np.empty(entry.num_bytes, np.uint8)
+        self._source.read_into(entry.name, found.data, TensorSpec(entry.name, entry.shape, entry.dtype))
+        return found
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -76,4 +66,4 @@ class ReadAhead:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Any:
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._stack.close()
+        self._source.close()

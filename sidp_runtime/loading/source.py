@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,7 +88,7 @@ def convert_float(values: Array, source: str, target: str) -> Array:
 
 
 class CheckpointSource:
-    """Reads tensors of a ``Checkpoint``; files are opened when first needed. Not for several threads at once.
+    """Reads tensors of a ``Checkpoint``, for several threads at once too; files are opened when first needed.
 
     ``bytes_read`` counts bytes from disk. ``peak_staging_bytes`` is the most that was held to convert a piece
     of a tensor: as stored, as float32 and as wanted (0 while everything was read straight into place).
@@ -99,6 +100,7 @@ class CheckpointSource:
         self.bytes_read = 0
         self.peak_staging_bytes = 0
         self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()  # descriptors and counters
         self._closed = False
 
     def read_into(self, name: str, out: memoryview, spec: TensorSpec) -> int:
@@ -133,7 +135,8 @@ class CheckpointSource:
 
     def _read_exact(self, entry: TensorEntry, start: int, view: memoryview) -> None:
         """Fill ``view`` from byte ``start`` of the entry."""
-        descriptor = self._descriptor(entry)
+        with self._lock:
+            descriptor = self._descriptor(entry)
         done = 0
         while done < view.nbytes:
             position = entry.offset + start + done
@@ -150,7 +153,8 @@ class CheckpointSource:
                     f"bytes at {entry.offset}; the file was cut short since its header was parsed"
                 )
             done += count
-            self.bytes_read += count
+            with self._lock:
+                self.bytes_read += count
 
     def _read_converted(self, entry: TensorEntry, view: memoryview, spec: TensorSpec) -> None:
         stored = stored_dtype(entry)
@@ -171,7 +175,8 @@ class CheckpointSource:
             else:
                 target[order[begin:end]] = result
             staging = stage.nbytes + 4 * values.size + result.nbytes
-            self.peak_staging_bytes = max(self.peak_staging_bytes, staging)
+            with self._lock:
+                self.peak_staging_bytes = max(self.peak_staging_bytes, staging)
 
     def _descriptor(self, entry: TensorEntry) -> int:
         found = self._descriptors.get(entry.file)

@@ -266,12 +266,29 @@ def test_what_a_busy_gpu_gives_is_measured_twice_used_and_not_kept(busy: list[fl
     assert not busy
 
 
+def test_of_two_measurements_the_less_doubtful_one_is_taken(
+    cache: Path, busy: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [replace(MEASURED, copy_bytes_per_s=9.1e9, memory_bytes_per_s=1e9), replace(MEASURED, copy_bytes_per_s=9e9)]
+    monkeypatch.setattr(policy, "measure", lambda device, pool: found.pop(0))
+    assert ModePolicy.calibrated().profile.memory_bytes_per_s == MEASURED.memory_bytes_per_s
+    assert not found
+    assert cache.exists()
+
+
 def test_a_doubtful_profile_is_measured_again_unless_calibrate_made_it(busy: list[float], cache: Path) -> None:
     path, key = cache / "profile-host.json", machine_profile.machine_key(None)
-    slow = replace(MEASURED, copy_bytes_per_s=1e8)
+    times = machine_profile.LinearTimes(1000, (1, 8), (0.1, 0.2))
+    slow = replace(
+        MEASURED,
+        copy_bytes_per_s=1e8,
+        request_bytes_per_s=1e7,
+        linear_times=times,
+        assumed=("request_bytes_per_s",),
+    )
     machine_profile.write(path, machine_profile.document(slow, key, 1, "sidp calibrate"))
     assert ModePolicy.calibrated().profile == slow
-    short = replace(slow, assumed=("round_trip_us",))
+    short = replace(MEASURED, copy_bytes_per_s=1e8)
     machine_profile.write(path, machine_profile.document(short, key, 1, "in short"))
     busy.append(6e9)
     assert ModePolicy.calibrated().profile.copy_bytes_per_s == 6e9
@@ -283,10 +300,10 @@ def test_a_link_that_is_doubtful_later_is_not_kept(busy: list[float], cache: Pat
     path, key = cache / "profile-host.json", machine_profile.machine_key(None)
     without = replace(MEASURED, copy_bytes_per_s=1e10, assumed=("copy_bytes_per_s",))
     machine_profile.write(path, machine_profile.document(without, key, 1, "in short"))
-    busy += [1e8, 9e9]
+    busy += [2e8, 1e8, 1e8, 9e9]
     pool: Any = object()
     with pytest.warns(DoubtfulProfileWarning):
-        assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 1e8
+        assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 2e8
     assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 9e9
     assert ModePolicy.calibrated(pool=pool).profile.copy_bytes_per_s == 9e9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -96,6 +97,19 @@ def test_reads_go_beside_each_other(checkpoint: Checkpoint, monkeypatch: pytest.
     monkeypatch.setattr(CheckpointSource, "read_into", read_into)
     with ReadAhead(checkpoint, readers=3) as source:
         assert len(list(source.tensors(entries_of(checkpoint)))) == COUNT
+
+
+def test_threads_share_the_open_files_and_count_every_byte(tmp_path: Path) -> None:
+    for file in range(8):
+        save_file({f"t{file}.{i}": torch.ones(5000) for i in range(16)}, tmp_path / f"part-{file}.safetensors")
+    names = {f"t{file}.{i}": f"part-{file}.safetensors" for file in range(8) for i in range(16)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    checkpoint = Checkpoint.open(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ReadAhead(checkpoint, readers=16) as source:
+        assert len(list(source.tensors(list(checkpoint.entries.values())))) == 128
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 8
+        assert source.bytes_read == checkpoint.total_bytes == 128 * 20_000
 
 
 def test_an_error_is_raised_at_its_tensor(
