@@ -58,16 +58,16 @@ class Sample:
 
 @dataclass
 class Results:
-    """Of a run so far, by system. ``failed`` and ``unavailable``: why. ``order``: in which systems were started.
+    """Of a run so far. ``failed`` and ``unavailable``: why. ``order``: in which systems were started.
 
-    ``starts`` and ``kv_tokens``: by system and number of resident layers, None where the planner did not pick it.
+    Engines go by system and number of resident layers, None where the planner did not pick it.
     """
 
     options: argparse.Namespace
     starts: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
     kv_tokens: dict[tuple[str, int | None], list[int]] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, int | None], str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
@@ -76,7 +76,7 @@ class Results:
         self.kv_tokens.setdefault((system, resident), []).extend(kv_tokens)
 
     def engines(self, system: str, workload: str) -> tuple[str, int | None]:
-        """The key in ``starts`` and ``kv_tokens`` of those that run the workload."""
+        """Which ones run the workload."""
         return system, self.options.resident[workload] if system.startswith(OWN) else None
 
     def sampled(self, system: str, workload: str, sample: Sample) -> None:
@@ -140,19 +140,19 @@ class Results:
         for system in self.options.systems:
             subject = system.replace("-", "_")
             for key in (key for key in self.starts if key[0] == system):
-                where = {} if key[1] is None else {"resident": key[1]}
-                found.append(Figure(CASE, "start", subject, "s", where, tuple(self.starts[key]), False))
+                found.append(Figure(CASE, "start", subject, "s", _where(key[1]), tuple(self.starts[key]), False))
                 kv_tokens = tuple(self.kv_tokens[key])
-                found.append(Figure(CASE, "kv_of_an_engine", subject, "tokens", where, kv_tokens, True))
+                found.append(Figure(CASE, "kv_of_an_engine", subject, "tokens", _where(key[1]), kv_tokens, True))
             for workload in self.options.workloads:
                 if (system, workload) not in self.samples:
                     continue
                 for metric, (unit, _) in self.samples[system, workload][0].values().items():
                     samples = tuple(self.series(system, workload, metric))
                     better = True if metric == "throughput" else None
-                    found.append(Figure(CASE, metric, subject, unit, {"workload": workload}, samples, better))
-            if system in self.failed:
-                found.append(Figure(CASE, "run", subject, "", status="error", reason=self.failed[system]))
+                    where = {"workload": workload, **_where(self.engines(system, workload)[1])}
+                    found.append(Figure(CASE, metric, subject, unit, where, samples, better))
+            for (_, resident), reason in ((k, v) for k, v in self.failed.items() if k[0] == system):
+                found.append(Figure(CASE, "run", subject, "", _where(resident), status="error", reason=reason))
             if system in self.unavailable:
                 found.append(Figure(CASE, "run", subject, "", status="unavailable", reason=self.unavailable[system]))
         return found + self._ratios()
@@ -169,9 +169,8 @@ class Results:
                 for other, ratio in ratios.items():
                     if ratio:
                         bar = Bar(OVER_DP, at_least=True) if held and other == "dp" else None
-                        found.append(
-                            Figure(CASE, f"over_{other}", subject, "x", {"workload": workload}, tuple(ratio), True, bar)
-                        )
+                        where = {"workload": workload, **_where(self.engines(own, workload)[1])}
+                        found.append(Figure(CASE, f"over_{other}", subject, "x", where, tuple(ratio), True, bar))
                 if all(ratios.values()):
                     best.append(min(statistics.median(ratio) for ratio in ratios.values()))
         if best:
@@ -181,6 +180,10 @@ class Results:
 
 
 _FACTORS = ("step_time", "tokens_a_step", "preemptions", "copy_rate", "requests", "idle")
+
+
+def _where(resident: int | None) -> dict[str, int | str]:
+    return {} if resident is None else {"resident": resident}
 
 
 def system_word(system: str) -> str:
@@ -238,4 +241,10 @@ def _cell(results: Results, system: str, workload: str) -> str:
     if samples:
         median = statistics.median(samples)
         return f"{median:.4g} ±{50 * (max(samples) - min(samples)) / median:.0f}%"
-    return "unavailable" if system in results.unavailable else "failed" if system in results.failed else ""
+    return (
+        "unavailable"
+        if system in results.unavailable
+        else "failed"
+        if results.engines(system, workload) in results.failed
+        else ""
+    )

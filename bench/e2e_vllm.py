@@ -60,16 +60,17 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = vllm_engine.serv
         logs = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sidp-e2e-")))
         for number in range(options.rounds):
             for system in order(options.systems, number):
-                if system in results.failed:
-                    continue
-                try:
-                    for resident, chosen in starts(system, options).items():
-                        name = f"{system}-{number}" + ("" if resident is None else f"-{resident}")
-                        _measure(system, resident, chosen, options, results, serve, logs / name, save)
-                except EngineError as error:
-                    results.failed[system] = str(error)
-                    console.print(f"{system}: {error}", markup=False, highlight=False)
-                save()
+                for resident, chosen in starts(system, options).items():
+                    if (system, resident) in results.failed:
+                        continue
+                    folder = logs / f"{system}-{number}{'' if resident is None else f'-{resident}'}"
+                    try:
+                        _measure(system, resident, chosen, options, results, serve, folder, save)
+                    except EngineError as error:
+                        with_ = "" if resident is None else f"with {resident} resident layers: "
+                        results.failed[system, resident] = with_ + str(error)
+                        console.print(f"{system}: {with_}{error}", markup=False, highlight=False)
+                    save()
     e2e_table.render(results, console)
     return 1 if report.failures else 0
 
@@ -115,9 +116,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.gpus = min(num_gpus(), options.replicas)
     if options.plan_for and "resident_layers" in options.sidp:
         parser.error("--sidp names resident layers, and --plan-for has the planner pick them")
+    if options.plan_for and ("mode" in options.sidp or {"sidp-was", "sidp-cas"} & set(options.systems)):
+        parser.error("--plan-for plans for mode auto, and a mode is given")
+    if options.plan_for and options.quick:
+        parser.error("--plan-for plans for engines of full size, and --quick has small ones")
     try:
         options.resident = {w: planned(w, options) if options.plan_for else None for w in options.workloads}
-    except SidpError as error:
+    except (SidpError, TypeError) as error:  # a setting of the engines of another type
         parser.error(f"--plan-for {options.plan_for}: {error}")
     options.begun = time.monotonic()
     if options.quick:
@@ -152,12 +157,12 @@ def planned(workload: str, options: argparse.Namespace) -> int:
     given = {
         name: options.engine[key]
         for key, name in (("max_num_batched_tokens", "step_tokens"), ("max_num_seqs", "max_sequences"))
-        if key in options.engine
+        if options.engine.get(key) is not None
     }
     pool = PoolSettings(**{k: options.sidp[k] for k in ("max_rows", "ring_slots") if k in options.sidp})
     memory = MemorySettings(max_rows=pool.max_rows, ring_slots=pool.ring_slots)
-    if "gpu_memory_utilization" in options.engine:
-        memory = replace(memory, utilization=options.engine["gpu_memory_utilization"])
+    if (utilization := options.engine.get("gpu_memory_utilization")) is not None:
+        memory = replace(memory, utilization=utilization)
     shape, gpu = ModelShape.read(options.model), GpuProfile.read(options.plan_for)
     plan = Planner(shape, gpu, options.replicas, memory, **given).plan(Workload(length, out))
     return plan.best.num_resident or 0
@@ -215,7 +220,7 @@ def _measure(
 
     first_limit = limit()
     start = time.monotonic()
-    results.order.append(system)
+    results.order.append(system if resident is None else f"{system}, {resident} resident")
     vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
     settings = engine_settings(system, options, resident)
     engines = Engines(serve, settings, logs)

@@ -223,7 +223,9 @@ def run(
     if json_path is not None:
         steps = [vars(step) | {"chosen": step.chosen, "faster": step.faster, "loss": step.loss} for step in found.steps]
         shape = {k: v for k, v in vars(replace(job, profile=None)).items() if k != "profile"}
-        machine_profile.write(json_path, {"job": shape, "profile": found.document, "steps": steps})
+        machine_profile.write(
+            json_path, {"job": shape, "seconds": found.seconds, "profile": found.document, "steps": steps}
+        )
 
 
 def render(found: Calibration, console: Console) -> None:

@@ -25,10 +25,12 @@ def tier_of(path: Path) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
-        # What tests measure beside each other must not become the profile of who runs them. Workers inherit it.
+        # What tests measure beside each other must not become the profile of who runs them, wherever that is kept.
         folder = tempfile.TemporaryDirectory(prefix="sidp-test-cache-")
-        os.environ["SIDP_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
+        own = pytest.MonkeyPatch()
+        config.add_cleanup(own.undo)
+        own.setenv("SIDP_CACHE_DIR", folder.name)  # workers inherit it
     elif os.environ.get("SIDP_TEST_GPU") == "1":
         own_shared_memory()
 

@@ -120,6 +120,19 @@ TEST(GpuBackend, RequestsThatGoOnWithALayerDoNotWait) {
   EXPECT_EQ(number(group.result(0), "deferred"), number(group.result(0), "served") / 2);
 }
 
+// The same op of the same layer, step after step, goes on with nothing.
+TEST(GpuBackend, RequestsForALayerAnewWait) {
+  RankGroup group(2, gpu({"mode=cas", "linger=1"}));
+  group.start(1, {"do=ahead"});
+  group.start(0, {"do=turn", "how=held", "service_delay_us=5000"});
+  group.wait_for_mark(1, "waiting");
+  group.set_mark("end");
+  group.set_mark("stop");
+  expect_all_finish(group, 2);
+  EXPECT_EQ(number(group.result(0), "served"), 12);
+  EXPECT_GT(number(group.result(0), "deferred"), 6);  // the first ones may have come before the turn
+}
+
 // A thread that blocks in a launch, because the queue is full, may keep the service from launching what empties it.
 TEST(GpuBackend, AThreadWaitsBeforeItHasQueuedTooMuchBehindARequest) {
   for (const auto& [local, unanswered] : {std::pair{"0", 4}, {"1", 2}, {"4", 1}}) {

@@ -1,7 +1,8 @@
 """An engine of ``bench.e2e_vllm`` without vLLM: it answers as one does, or fails as ``settings["engine"]`` says.
 
-``fail``: {system: how}, one of "start", "exit", "hang" and "short". Each starts a child that does not end by itself and
-writes both processes' numbers to the file ``children``. ``rate``: {system: steps a second that it says it made}.
+``fail``: {system: how}, one of "start", "exit", "hang" and "short"; ``fail_resident``: only with so many resident
+layers. Each starts a child that does not end by itself and writes both processes' numbers to the file ``children``.
+``rate``: {system: steps a second that it says it made}.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 def serve(link: Any, settings: dict[str, Any]) -> None:
     system, engine = settings["system"], settings["engine"]
     how = engine.get("fail", {}).get(system) if settings["rank"] == 0 else None
+    resident = len(settings["pool"].get("resident_layers", ()))
+    if resident != engine.get("fail_resident", resident):
+        how = None
     stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if how == "exit" else ""
     child = subprocess.Popen([sys.executable, "-c", f"import signal, time; {stubborn} time.sleep(600)"])
     with Path(engine["children"]).open("a") as file:
@@ -24,7 +28,6 @@ def serve(link: Any, settings: dict[str, Any]) -> None:
     if how == "start":
         print("WARNING an OSError: of no account\nCudaError: the first cause", flush=True)
         raise ValueError("no memory")
-    resident = len(settings["pool"].get("resident_layers", ()))
     link.send(("ok", {"kv_tokens": 1600 - 10 * resident if system.startswith("sidp") else 1000}))
     runs = 0
     loaded: list[tuple[list[int], int]] = []

@@ -110,8 +110,13 @@ def test_sidp_is_started_for_each_residency_that_the_planner_picks(model: Path) 
     code, report, ran = run(model, "dp,sidp", *words, rate=rate, gpu_memory_utilization=0.57, max_num_seqs=256)
     assert code == 0
     assert ran["resident"] == {"512:2048:2": 0, "8192:64:2": 40, "1024:128:2": 0}
-    assert ran["order"] == ["dp", "sidp", "sidp"]
+    assert ran["order"] == ["dp", "sidp, 0 resident", "sidp, 40 resident"]
     found = rows(report)
+    assert {key for key in found if "/over_dp/" in key} == {
+        "e2e_vllm/over_dp/sidp workload=512:2048:2 resident=0",
+        "e2e_vllm/over_dp/sidp workload=8192:64:2 resident=40",
+        "e2e_vllm/over_dp/sidp workload=1024:128:2 resident=0",
+    }
     assert found["e2e_vllm/kv_of_an_engine/dp"].samples == (1000, 1000)
     assert found["e2e_vllm/kv_of_an_engine/sidp resident=0"].samples == (1600, 1600)
     assert found["e2e_vllm/kv_of_an_engine/sidp resident=40"].samples == (1200, 1200)
@@ -119,6 +124,18 @@ def test_sidp_is_started_for_each_residency_that_the_planner_picks(model: Path) 
     (cause,) = ran["causes"]["8192:64:2"]
     assert "1.20 x the KV tokens an engine" in cause
     assert "1.60 x the KV tokens an engine" in ran["causes"]["512:2048:2"][0]
+
+
+def test_a_residency_that_fails_leaves_the_others(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(bundled_config("Qwen/Qwen3-32B")))
+    words = ("--plan-for", "H200", "--workloads", "8192:64:2,512:2048:2", "--repeats", "1", "--rounds", "2")
+    fail = {"fail": {"sidp": "start"}, "fail_resident": 40}
+    code, report, ran = run(model, "sidp", *words, gpu_memory_utilization=0.57, max_num_seqs=256, **fail)
+    assert code == 1
+    assert ran["order"] == ["sidp, 40 resident", "sidp, 0 resident", "sidp, 0 resident"]
+    found = rows(report)
+    assert found["e2e_vllm/run/sidp resident=40"].reason.startswith("with 40 resident layers: engine 0: ValueError")
+    assert len(found["e2e_vllm/throughput/sidp workload=512:2048:2 resident=0"].samples) == 2
 
 
 def test_the_planner_is_asked_about_these_engines() -> None:
@@ -142,6 +159,8 @@ def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--engine", "[]"), "no JSON object"),
         (("--plan-for", "H200", "--sidp", '{"resident_layers": [1]}'), "has the planner pick them"),
         (("--plan-for", "H2000"), "--plan-for H2000"),
+        (("--plan-for", "H200", "--systems", "dp,sidp-was"), "a mode is given"),
+        (("--plan-for", "H200", "--quick"), "--quick has small ones"),
         (("--repeats", "0"), "a whole number above 0, or one for each workload"),
         (("--repeats", "3,1"), "--repeats 3,1: a whole number above 0, or one for each workload"),
     ):
