@@ -241,10 +241,6 @@ def _cell(results: Results, system: str, workload: str) -> str:
     if samples:
         median = statistics.median(samples)
         return f"{median:.4g} ±{50 * (max(samples) - min(samples)) / median:.0f}%"
-    return (
-        "unavailable"
-        if system in results.unavailable
-        else "failed"
-        if results.engines(system, workload) in results.failed
-        else ""
-    )
+    if system in results.unavailable:
+        return "unavailable"
+    return "failed" if results.engines(system, workload) in results.failed else ""
