@@ -56,6 +56,12 @@ class Sample:
         }
 
 
+def resident_layers(options: argparse.Namespace, system: str, workload: str) -> int | None:
+    """That the planner picked; None where it was not asked."""
+    picked: int | None = options.resident[workload] if system.startswith(OWN) else None
+    return picked
+
+
 @dataclass
 class Results:
     """Of a run so far. ``failed`` and ``unavailable``: why. ``order``: in which systems were started.
@@ -77,7 +83,7 @@ class Results:
 
     def engines(self, system: str, workload: str) -> tuple[str, int | None]:
         """Which ones run the workload."""
-        return system, self.options.resident[workload] if system.startswith(OWN) else None
+        return system, resident_layers(self.options, system, workload)
 
     def sampled(self, system: str, workload: str, sample: Sample) -> None:
         self.samples.setdefault((system, workload), []).append(sample)

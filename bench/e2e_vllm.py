@@ -149,9 +149,14 @@ def _positive(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
 
+def numbers(workload: str) -> list[int]:
+    """Tokens in, tokens out, prompts and, where some are longer, their tokens out."""
+    return [int(part) for part in workload.split(":")]
+
+
 def planned(workload: str, options: argparse.Namespace) -> int:
     """How many resident layers the planner picks for these engines and an endless queue of such requests."""
-    length, out, _, *long = (int(part) for part in workload.split(":"))
+    length, out, _, *long = numbers(workload)
     if long:
         out = round((1 - LONG_SHARE) * out + LONG_SHARE * long[0])
     given = {
@@ -172,7 +177,7 @@ def starts(system: str, options: argparse.Namespace) -> dict[int | None, list[tu
     """For each start of the system in a round, by resident layers: workloads and how often each is sampled."""
     found: dict[int | None, list[tuple[str, int]]] = {}
     for workload, repeats in zip(options.workloads, options.repeats, strict=True):
-        resident = options.resident[workload] if system.startswith("sidp") else None
+        resident = e2e_table.resident_layers(options, system, workload)
         found.setdefault(resident, []).append((workload, repeats))
     return found
 
@@ -247,7 +252,7 @@ Request = tuple[list[int], int]  # prompt, new tokens
 
 def requests(workload: str, repeat: int, vocabulary: int) -> list[Request]:
     """Of one sample: random prompts, the same for every system."""
-    length, short, count, *long = (int(part) for part in workload.split(":"))
+    length, short, count, *long = numbers(workload)
     dice = random.Random(f"{workload} {repeat}")
     return [
         ([dice.randrange(vocabulary) for _ in range(length)], long[0] if long and dice.random() < LONG_SHARE else short)

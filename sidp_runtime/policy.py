@@ -77,24 +77,16 @@ class ModePolicy:
         path = cache_path(device)
         profile = _stored(path, device)
         if profile is None:
-            profile = measure(device, pool)
-            if doubts(profile, device):
-                both = profile, measure(device, pool)
-                profile = min(both, key=lambda found: (len(doubts(found, device)), -found.copy_bytes_per_s))
+            profile = _less_doubtful(lambda: measure(device, pool), device)
             key = machine_profile.machine_key(device)
             source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"
             if not _warn_of(doubts(profile, device), path):
                 machine_profile.write(path, machine_profile.document(profile, key, memory_bytes(device), source))
-        else:
-            missing = pool is not None and "copy_bytes_per_s" in profile.assumed
-            link = measure_link(device, pool) if missing else None
-            if link is not None:  # the rest was measured, and stays
-                found = _with_link(profile, link)
-                if doubts(found, device):
-                    found = _with_link(profile, max(link, measure_link(device, pool) or 0.0))
-                profile = found
-                if not _warn_of(doubts(profile, device), path):
-                    machine_profile.amend(path, profile, "the link later, through a pool")
+        elif pool is not None and "copy_bytes_per_s" in profile.assumed:
+            known = profile
+            profile = _less_doubtful(lambda: _with_link(known, measure_link(device, pool)), device)
+            if profile is not known and not _warn_of(doubts(profile, device), path):  # the rest was measured, and stays
+                machine_profile.amend(path, profile, "the link later, through a pool")
         return cls(profile, fixed, hysteresis)
 
     @classmethod
@@ -116,8 +108,18 @@ class ModePolicy:
         return cls(machine_profile.read(Path(path), device), fixed, hysteresis)
 
 
-def _with_link(profile: MachineProfile, link: float) -> MachineProfile:
-    """With a measured link in place of an assumed one, and what requests are assumed to take by it."""
+def _less_doubtful(take: Callable[[], MachineProfile], device: int | None) -> MachineProfile:
+    """What was measured; where that is to be doubted the better of two measurements."""
+    first = take()
+    if not doubts(first, device):
+        return first
+    return min(first, take(), key=lambda found: (len(doubts(found, device)), -found.copy_bytes_per_s))
+
+
+def _with_link(profile: MachineProfile, link: float | None) -> MachineProfile:
+    """With a measured link in place of an assumed one, and what requests are assumed to take by it; itself without."""
+    if link is None:
+        return profile
     assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
     rows = profile.request_bytes_per_s
     if rows is not None and "request_bytes_per_s" in assumed:

@@ -78,6 +78,19 @@ TEST(GpuBackend, StepsAreTimedOnTheirStream) {
   }
 }
 
+// A step of one of two ranks, all of whose requests come while the other is at a turn.
+void ask_in_turn(RankGroup& group, Rank asking, const std::string& how) {
+  const Rank owner = 1 - asking;
+  group.start(asking, {"do=ask"});
+  group.start(owner, {"do=turn", "how=" + how});
+  group.wait_for_mark(owner, "in turn");
+  group.set_mark("go");
+  group.wait_for_mark(asking, "answered");
+  group.set_mark("end");
+  group.set_mark("stop");
+  expect_all_finish(group, 2);
+}
+
 // A request waits while its owner computes a layer of its own, and not for ever: rank 0's step ends in any case. Rank 1
 // owns the odd layers; the even ones have two ops. Or layer 1 is resident, so nobody asks anything of it.
 TEST(GpuBackend, RequestsWaitForTheOwnersTurn) {
@@ -90,14 +103,7 @@ TEST(GpuBackend, RequestsWaitForTheOwnersTurn) {
                                       {"last", "1"}}) {
     SCOPED_TRACE("turn " + how + ", resident " + resident);
     RankGroup group(2, gpu({"mode=cas", "linger=1", "resident=" + resident}));
-    group.start(0, {"do=ask"});
-    group.start(1, {"do=turn", "how=" + how});
-    group.wait_for_mark(1, "in turn");
-    group.set_mark("go");
-    group.wait_for_mark(0, "answered");
-    group.set_mark("end");
-    group.set_mark("stop");
-    expect_all_finish(group, 2);
+    ask_in_turn(group, 0, how);
     EXPECT_GT(number(group.result(1), "served"), 0);
     EXPECT_EQ(number(group.result(1), "deferred") > 0, resident == "-1" && (how == "held" || how == "last"));
     EXPECT_EQ(number(group.result(0), "deferred"), 0);
@@ -108,14 +114,7 @@ TEST(GpuBackend, RequestsWaitForTheOwnersTurn) {
 // wait for the other's whole layer. Here rank 0 is at its turn, and owns the layers with two.
 TEST(GpuBackend, RequestsThatGoOnWithALayerDoNotWait) {
   RankGroup group(2, gpu({"mode=cas", "linger=1"}));
-  group.start(1, {"do=ask"});
-  group.start(0, {"do=turn", "how=held"});
-  group.wait_for_mark(0, "in turn");
-  group.set_mark("go");
-  group.wait_for_mark(1, "answered");
-  group.set_mark("end");
-  group.set_mark("stop");
-  expect_all_finish(group, 2);
+  ask_in_turn(group, 1, "held");
   EXPECT_GT(number(group.result(0), "served"), 2);
   EXPECT_EQ(number(group.result(0), "deferred"), number(group.result(0), "served") / 2);
 }
