@@ -15,6 +15,7 @@ from .harness import OWN, Bar, Figure, render_notes
 CASE = "e2e_vllm"
 OVER_DP = 0.95  # where plain data parallelism fits
 OVER_BEST = 1.5  # of dp and tp, in one workload at least
+START_OVER_DP = 1.0  # seconds, where both read a checkpoint
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,17 @@ class Results:
     options: argparse.Namespace
     starts: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
     kv_tokens: dict[tuple[str, int | None], list[int]] = field(default_factory=dict)
+    setup: dict[tuple[str, int | None], list[dict[str, float]]] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
     failed: dict[tuple[str, int | None], str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
-    def started(self, system: str, resident: int | None, seconds: float, kv_tokens: list[int]) -> None:
+    def started(self, system: str, resident: int | None, seconds: float, ready: list[dict[str, Any]]) -> None:
+        """``ready``: what each engine said then: its KV tokens, and seconds of ``setup`` by part, of a pool alone."""
         self.starts.setdefault((system, resident), []).append(seconds)
-        self.kv_tokens.setdefault((system, resident), []).extend(kv_tokens)
+        self.kv_tokens.setdefault((system, resident), []).extend(answer["kv_tokens"] for answer in ready)
+        self.setup.setdefault((system, resident), []).extend(answer["setup"] for answer in ready)
 
     def engines(self, system: str, workload: str) -> tuple[str, int | None]:
         """Which ones run the workload."""
@@ -131,7 +135,7 @@ class Results:
     def run(self) -> dict[str, Any]:
         """How it ran, for the results file."""
         replicas, gpus = self.options.replicas, self.options.gpus
-        names = ("workloads", "repeats", "rounds", "weights", "engine", "sidp", "resident", "quick")
+        names = ("workloads", "repeats", "rounds", "weights", "cold", "engine", "sidp", "resident", "quick")
         return {
             "world_size": replicas,
             "gpus": gpus,
@@ -149,6 +153,9 @@ class Results:
                 found.append(Figure(CASE, "start", subject, "s", _where(key[1]), tuple(self.starts[key]), False))
                 kv_tokens = tuple(self.kv_tokens[key])
                 found.append(Figure(CASE, "kv_of_an_engine", subject, "tokens", _where(key[1]), kv_tokens, True))
+                for part in self.setup[key][0]:
+                    seconds = tuple(setup[part] for setup in self.setup[key])
+                    found.append(Figure(CASE, "setup", subject, "s", {"part": part, **_where(key[1])}, seconds))
             for workload in self.options.workloads:
                 if (system, workload) not in self.samples:
                     continue
@@ -167,6 +174,13 @@ class Results:
         # A bar says something of GPUs alone, one for each engine, at full size.
         held = self.options.backend != "host" and self.options.gpus == self.options.replicas and not self.options.quick
         found: list[Figure] = []
+        for (system, resident), starts in self.starts.items():
+            theirs = self.starts.get(("dp", None), [])
+            if system.startswith(OWN) and theirs:
+                bar = Bar(START_OVER_DP, at_least=False) if held and self.options.weights == "checkpoint" else None
+                over = tuple(a / b for a, b in zip(starts, theirs, strict=False))
+                subject = system.replace("-", "_")
+                found.append(Figure(CASE, "start_over_dp", subject, "x", _where(resident), over, False, bar))
         best: list[float] = []
         for workload in self.options.workloads:
             for own in self.own:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import secrets
 import signal
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="how often each system is started, in rotated order")
     parser.add_argument("--backend", default="host", help="sidp's: host or nvshmem")
     parser.add_argument("--weights", default="checkpoint", choices=("checkpoint", "dummy"))
+    parser.add_argument("--cold", action="store_true", help="the model's files leave the page cache before each start")
     parser.add_argument("--sidp", type=_object, default={}, help="more settings of the pool, a JSON object")
     parser.add_argument(
         "--plan-for",
@@ -224,6 +226,8 @@ def _measure(
         return min(float(options.answer_limit), left)
 
     first_limit = limit()
+    if options.cold:
+        leave_page_cache(Path(options.model))
     start = time.monotonic()
     results.order.append(system if resident is None else f"{system}, {resident} resident")
     vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
@@ -232,7 +236,7 @@ def _measure(
     grace_s = 0.0  # of engines that failed, or stand beside one that did
     try:
         ready = engines.answers(first_limit)
-        results.started(system, resident, time.monotonic() - start, [answer["kv_tokens"] for answer in ready])
+        results.started(system, resident, time.monotonic() - start, ready)
         for workload, repeats in chosen:
             _sample(engines, len(ready), warm_up(requests(workload, -1, vocabulary), len(ready)), limit())
             for repeat in range(repeats):
@@ -245,6 +249,15 @@ def _measure(
     finally:
         engines.end(grace_s)
         _C.unlink_segments(settings[0]["token"], len(settings))  # on the host: what killed engines shared
+
+
+def leave_page_cache(folder: Path) -> None:
+    """Has the kernel forget the files of a folder, so that the next reader reads the disk. Needs no rights to do so."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # pages that are not written yet would stay
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 Request = tuple[list[int], int]  # prompt, new tokens

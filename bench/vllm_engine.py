@@ -25,7 +25,8 @@ def serve(link: Any, settings: dict[str, Any]) -> None:
         config.put_own_gpu_first(settings["rank"] % settings["gpus"], settings["gpus"])
     llm = _start(settings, pooled)
     cache = llm.llm_engine.vllm_config.cache_config
-    link.send(("ok", {"kv_tokens": cache.num_gpu_blocks * cache.block_size}))
+    load = llm.collective_rpc("sidp_stats")[0]["load"] if pooled else {"setup_seconds": {}}
+    link.send(("ok", {"kv_tokens": cache.num_gpu_blocks * cache.block_size, "setup": load["setup_seconds"]}))
     prompts: list[Any] = []
     params: list[Any] = []
     while (message := link.recv())[0] != "close":

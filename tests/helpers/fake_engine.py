@@ -28,7 +28,9 @@ def serve(link: Any, settings: dict[str, Any]) -> None:
     if how == "start":
         print("WARNING an OSError: of no account\nCudaError: the first cause", flush=True)
         raise ValueError("no memory")
-    link.send(("ok", {"kv_tokens": 1600 - 10 * resident if system.startswith("sidp") else 1000}))
+    pooled = system.startswith("sidp")
+    kv_tokens = 1600 - 10 * resident if pooled else 1000
+    link.send(("ok", {"kv_tokens": kv_tokens, "setup": {"group": 1.5, "pool": 0.5} if pooled else {}}))
     runs = 0
     loaded: list[tuple[list[int], int]] = []
     while (message := link.recv())[0] != "close":

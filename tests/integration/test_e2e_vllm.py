@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import re
 import time
 from pathlib import Path
@@ -58,6 +60,41 @@ def test_systems_take_turns_and_a_loss_has_its_cause(model: Path, capsys: pytest
     text = " ".join(capsys.readouterr().out.split())
     assert "SiDP/DP" in text
     assert "SiDP/TP" in text
+
+
+def test_a_start_has_its_parts_and_its_ratio(model: Path) -> None:
+    _, report, _ = run(model, "dp,sidp", "--rounds", "2", "--repeats", "1")
+    found = rows(report)
+    assert found["e2e_vllm/setup/sidp part=group"].samples == (1.5,) * 4
+    assert found["e2e_vllm/setup/sidp part=pool"].samples == (0.5,) * 4
+    assert not [key for key in found if key.startswith("e2e_vllm/setup/dp")]
+    ours, theirs = (found[f"e2e_vllm/start/{system}"].samples for system in ("sidp", "dp"))
+    assert found["e2e_vllm/start_over_dp/sidp"].samples == (ours[0] / theirs[0], ours[1] / theirs[1])
+
+
+def test_a_cold_start_reads_the_disk(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(bytes(8 << 20))  # not written to the disk yet
+    assert cached_pages(weights) == (8 << 20) // mmap.PAGESIZE
+    _, _, ran = run(model, "dp", "--cold", "--repeats", "1")
+    assert ran["cold"]
+    assert cached_pages(weights) == 0  # none of these engines reads it
+    weights.read_bytes()
+    _, _, ran = run(model, "dp", "--repeats", "1")
+    assert not ran["cold"]
+    assert cached_pages(weights) == (8 << 20) // mmap.PAGESIZE
+
+
+def cached_pages(path: Path) -> int:
+    """Of a file, in the page cache: mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * (-(-len(mapped) // mmap.PAGESIZE)))()
+        address = ctypes.addressof(view := ctypes.c_char.from_buffer(mapped))
+        failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), pages)
+        del view
+    assert not failed, ctypes.get_errno()
+    return sum(page & 1 for page in pages)
 
 
 @pytest.mark.parametrize(
