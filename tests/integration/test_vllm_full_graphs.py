@@ -159,3 +159,17 @@ def test_a_gpus_worker_steps_through_full_graphs_alone(monkeypatch: pytest.Monke
         given.model_runner = "runner"
         given.load_model(load_dummy_weights=False)
         assert followed == expected
+
+
+def test_steps_are_told_how_many_sequences_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from sidp_runtime.integrations.vllm import worker
+
+    told: list[Any] = []
+    monkeypatch.setattr(worker, "current", lambda: SimpleNamespace(state=SimpleNamespace(expect=told.append)))
+    monkeypatch.setattr(Worker, "execute_model", lambda self, scheduled: told.append("executed") or "output")
+    given: Any = object.__new__(worker.SidpWorker)
+    scheduled = SimpleNamespace(num_scheduled_tokens={"a": 512, "b": 1})
+    assert given.execute_model(scheduled) == "output"
+    assert told == [2, "executed"]

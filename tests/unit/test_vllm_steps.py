@@ -112,6 +112,30 @@ def test_a_graph_is_launched_within_a_step_and_its_first_launch_waited_for(monke
             assert runtime.calls == expected
 
 
+def test_the_first_step_of_each_number_of_sequences_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits have a row a sequence whatever the step is padded to: a product that may have to load its kernel."""
+    runtime, gpu, state = whole_graphs(monkeypatch)
+    capture(gpu, state, 4)
+    state.warming_up = False
+    state.launch("of 4", 4, lambda: None)
+    for sequences, waits in ((3, True), (3, False), (2, True), (3, False), (4, True), (2, False)):
+        for step in (
+            lambda: state.launch("of 4", 4, lambda: None),
+            lambda: (state.begin(9), state.end()),  # vLLM captured none of this size
+        ):
+            runtime.calls.clear()
+            state.expect(sequences)
+            step()
+            assert runtime.calls[-1] == ("wait" if waits else "end")
+            assert runtime.calls.count("wait") == waits
+            waits = False
+    state.computes.clear()  # an engine that sends no requests
+    runtime.calls.clear()
+    state.expect(1)
+    state.launch("of 4", 4, lambda: None)
+    assert "wait" not in runtime.calls
+
+
 def test_a_launch_that_fails_breaks_its_step_off(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, gpu, state = whole_graphs(monkeypatch)
     capture(gpu, state, 4)

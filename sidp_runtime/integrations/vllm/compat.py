@@ -59,6 +59,12 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", ("self",)),
+    ("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
+    (
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens"),
+    ),
 )
 
 

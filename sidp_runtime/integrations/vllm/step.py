@@ -38,7 +38,8 @@ class StepState:
 
     A step that vLLM captures as one CUDA graph keeps its mode: the configured one, or what the policy predicts. vLLM
     launches it without a call of the model; ``launch`` stands around that. Around a graph's first launch the host waits
-    for the stream, for the same reason.
+    for the stream, for the same reason, and after the first step of each number of sequences: vLLM pads its step, and
+    not the logits that follow.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class StepState:
         self._graphs: dict[object, Mode] = {}  # of whole steps, by what vLLM tells them apart by
         self._launched: set[object] = set()
         self._capturing: object = None
+        self._known: set[int] = set()  # numbers of sequences
+        self._wait_after = False  # the step that is next
 
     def pin(self, mode: Mode | None) -> None:
         """From the next step on this mode where a step may have it, or again as configured (None).
@@ -90,6 +93,11 @@ class StepState:
                 linear.quant_method = operator
 
     # --- Steps --------------------------------------------------------------------------------------------------------
+
+    def expect(self, sequences: int) -> None:
+        """Before a step of so many sequences. Each has a row of logits, whose product may have a kernel of its own."""
+        self._wait_after = self._on_gpu and bool(self.computes) and sequences not in self._known
+        self._known.add(sequences)
 
     def begin(self, rows: int, graph: object = None) -> None:
         """Before vLLM calls the model. ``graph``: that of the whole step, where one is captured."""
@@ -126,6 +134,8 @@ class StepState:
         if graph is not None:
             self._graphs[graph] = Mode.CAS if self._is_cas else Mode.WAS
             self._launched.discard(graph)  # vLLM may have dropped an earlier one
+        elif self._wait_after:
+            self._wait()
 
     # --- Steps in one CUDA graph --------------------------------------------------------------------------------------
 
@@ -152,10 +162,15 @@ class StepState:
         launch = _Launch(call)
         with Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._graphs[graph]) as step:
             step.replay(launch)
-        if first:
-            self._launched.add(graph)
-            torch.cuda.current_stream().synchronize()
+        self._launched.add(graph)
+        if first or self._wait_after:
+            self._wait()
         return launch.output
+
+    def _wait(self) -> None:
+        """For the step, and those before it."""
+        self._wait_after = False
+        torch.cuda.current_stream().synchronize()
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 

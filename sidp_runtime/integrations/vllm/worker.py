@@ -1,4 +1,5 @@
-"""vLLM's workers with two differences: all engines report the same KV budget, and they warm up together.
+"""vLLM's workers with three differences: all engines report the same KV budget, they warm up together, and steps are
+told how many sequences they have.
 
 With unequal budgets the fullest engine would be the first to preempt, and equal shares of the prompts would not end
 together. Until all are warm no engine asks another for anything: what captures or compiles may not answer in time.
@@ -27,6 +28,11 @@ class PooledWorker:
         self._warm_up_more()
         current().end_warm_up()
         return result
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """vLLM's."""
+        current().state.expect(len(scheduler_output.num_scheduled_tokens))
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _warm_up_more(self) -> None:
         """What vLLM leaves to the first steps."""
