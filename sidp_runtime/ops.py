@@ -73,10 +73,21 @@ class OpProgram:
 
 
 def buckets_of(max_rows: int, row_buckets: Sequence[int] | None) -> list[int]:
-    """Row counts that owners compute, ascending: those given, or powers of two up to ``max_rows``."""
+    """Row counts that owners compute, ascending: those given, or those of ``spread_rows``."""
     if row_buckets is not None:
         buckets = list(row_buckets)
         if not buckets or (max_rows and max_rows != buckets[-1]):
             raise ConfigError(f"row_buckets {buckets} must end in max_rows {max_rows}")
         return buckets
-    return [1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows] + [max_rows]
+    return spread_rows(max_rows)
+
+
+def spread_rows(max_rows: int) -> list[int]:
+    """Powers of two up to 128, four to each doubling beyond, and ``max_rows`` itself.
+
+    To round a request up costs little as long as a product's time is the reading of its weights: 64 layers of
+    Qwen3-32B's linears on an H200 take 17 ms for a row, 20 for 128, 30 for 256 (planner/gpu_profiles.json).
+    """
+    beyond = (quarters << bit for bit in range(5, max_rows.bit_length()) for quarters in (5, 6, 7, 8))
+    rows = [*(1 << bit for bit in range(8)), *beyond]
+    return [count for count in rows if count < max_rows] + [max_rows]

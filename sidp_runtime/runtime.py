@@ -94,8 +94,8 @@ class Runtime:
     ``stream`` is a ``torch.cuda.Stream``, a handle, or ``None`` for torch's current one; a step runs on one stream and
     follows the step before it whatever stream that ran on. What goes wrong on a stream ``check`` tells. Steps can be
     captured in CUDA graphs (``capture_step``). ``row_buckets``: the row counts that owners compute, ascending; a
-    request is rounded up to the next one, and ``max_rows`` defaults to the largest. By default powers of two up to
-    ``max_rows``. Ops are captured for each of them here. ``owners_engines``: layers are written here by the copy
+    request is rounded up to the next one, and ``max_rows`` defaults to the largest. By default those of
+    ``ops.spread_rows``. Ops are captured for each of them here. ``owners_engines``: layers are written here by the copy
     engines of their owners' GPUs, for which this process needs a context on each (276 MiB of an H200's memory, 1480
     with kernels loaded early); otherwise this GPU's reads them, which takes more of a link. Where a peer's engine
     cannot be had, a ``SlowCopyWarning`` says why. ``exclusive_links``, the same on all ranks: on GPUs, in groups of

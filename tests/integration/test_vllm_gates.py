@@ -175,7 +175,8 @@ def test_piecewise_graphs_that_are_not_cut_would_capture_the_operators(nothing: 
 
 def test_owners_capture_only_row_counts_that_occur() -> None:
     captured = [1, 2, 4, *range(8, 513, 8)]
-    assert row_buckets(256, captured) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert row_buckets(256, captured) == [1, 2, 4, 8, 16, 32, 64, 128, 160, 192, 224, 256]
+    assert row_buckets(256, [*captured[:19], 192, 256]) == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
     assert row_buckets(256, [8, 24, 72]) == [8, 24, 72, 256]
     assert row_buckets(200, [512]) == [200]
     assert row_buckets(1, captured) == [1]

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from sidp_runtime import LayerSpec, Op, TensorSpec, _torch, _torch_gpu
 from sidp_runtime.errors import ConfigError, UnknownNameError, UnsupportedError
-from sidp_runtime.ops import OpProgram
+from sidp_runtime.ops import OpProgram, buckets_of, spread_rows
 
 HIDDEN = 6
 LAYER = LayerSpec(
@@ -141,6 +141,15 @@ def test_names_that_do_not_exist() -> None:
     for layer in (-1, 1):
         with pytest.raises(UnknownNameError, match=f"layer {layer}; the pool has 1"):
             op.specs([LAYER], layer)
+
+
+def test_owners_compute_finer_row_counts_where_products_take_longer_for_more_rows() -> None:
+    assert spread_rows(1) == [1]
+    assert spread_rows(100) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert spread_rows(256) == [1, 2, 4, 8, 16, 32, 64, 128, 160, 192, 224, 256]
+    assert spread_rows(600)[-6:] == [256, 320, 384, 448, 512, 600]
+    assert buckets_of(200, None) == spread_rows(200)
+    assert buckets_of(0, [3, 8]) == [3, 8]
 
 
 def test_handles_of_runtimes_are_never_given_twice() -> None:

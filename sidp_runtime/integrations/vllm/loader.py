@@ -16,7 +16,7 @@ from ... import Group, LayerSpec, Mode, ModePolicy, Op, Placement, Runtime, Weig
 from ... import config as environment
 from ..._torch import name_of
 from ...errors import UnsupportedError, UsageError
-from ...ops import OpFunction
+from ...ops import OpFunction, spread_rows
 from . import compat, settings, weights
 from .engine import Engine, set_engine
 from .linears import apply, kernels_of, pooled_linears, product_of, stand_ins
@@ -152,12 +152,12 @@ def _make_pool(
 
 
 def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:
-    """Powers of two, rounded up to the ``captured`` row counts, ascending, of which most steps are.
+    """Those of ``spread_rows``, rounded up to the ``captured`` row counts, ascending, of which most steps are.
 
     An owner captures its ops for each of these, so there are not as many as vLLM captures.
     """
     sizes = sorted({size for size in captured if size < max_rows} | {max_rows})
-    return sorted({next(s for s in sizes if s >= 1 << bit) for bit in range(max_rows.bit_length())} | {max_rows})
+    return sorted({next(size for size in sizes if size >= rows) for rows in spread_rows(max_rows)})
 
 
 def _make_runtime(
