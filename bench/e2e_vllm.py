@@ -28,8 +28,8 @@ from rich.console import Console
 from sidp_runtime import _C
 from sidp_runtime.errors import SidpError
 from sidp_runtime.integrations.vllm.settings import PoolSettings
+from sidp_runtime.placement import choose_resident_layers
 from sidp_runtime.planner import GpuProfile, MemorySettings, ModelShape, Planner, Workload
-from sidp_runtime.planner.memory import spread_layers
 
 from . import e2e_table, vllm_engine
 from .e2e_table import Results, Sample
@@ -191,14 +191,15 @@ def order(systems: Sequence[str], number: int) -> list[str]:
 
 
 def engine_settings(system: str, options: argparse.Namespace, resident: int | None = None) -> list[dict[str, Any]]:
-    """For each engine of the system, what ``serve`` is told. ``resident``: layers that each keeps, evenly spread."""
+    """For each engine of the system, what ``serve`` is told. ``resident``: how many layers each keeps."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mode = {"mode": system.partition("-")[2] or "auto"}
     pool = {"world_size": options.replicas, "backend": options.backend, "weights": options.weights, **mode}
     if resident is not None:
-        pool["resident_layers"] = spread_layers(ModelShape.read(options.model).num_layers, resident)
+        num_layers = ModelShape.read(options.model).num_layers
+        pool["resident_layers"] = choose_resident_layers(num_layers, resident, options.replicas, cas=True)
     common = {name: getattr(options, name) for name in ("model", "replicas", "weights", "engine", "gpus")}
     common |= {"system": system, "port": port, "token": secrets.token_hex(16), "pool": {**pool, **options.sidp}}
     return [{**common, "rank": rank} for rank in range(1 if system == "tp" else options.replicas)]

@@ -86,7 +86,8 @@ def _findings(plan: Plan) -> list[str]:
     limits, best = plan.thresholds, plan.best
     fit = best.device.sequences
     found = [
-        f"best residency: {best.num_resident} of {plan.shape.num_layers} layers on every replica{_against(plan, best)}"
+        f"best residency: {best.num_resident} of {plan.shape.num_layers} layers on every replica"
+        f"{_which(plan.resident_layers)}{_against(plan, best)}"
     ]
     if plan.kv_gain is not None:
         found.append(f"KV of SiDP: {plan.kv_gain:.2f} x plain DP")
@@ -101,6 +102,20 @@ def _findings(plan: Plan) -> list[str]:
             f"{_count(limits.cas_below, fit)} sequences"
         )
     return found
+
+
+def _which(layers: list[int]) -> str:
+    """In brackets: runs as first-last, or every nth layer."""
+    if not layers:
+        return ""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    words = [f"{first}-{last}" if first < last else f"{first}" for first, last in runs]
+    return f" ({', '.join(words)})"
 
 
 def _unmeasured(plan: Plan) -> str:

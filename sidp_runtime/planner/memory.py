@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 
 from ..errors import ConfigError
 from ..manifest import ALIGNMENT, align_up
-from ..placement import Placement
+from ..placement import Placement, choose_resident_layers
 from .model_shape import ModelShape
 from .step_time import Streamed
 
@@ -103,11 +103,6 @@ def activation_bytes(shape: ModelShape, step_tokens: int, sampled: int) -> int:
     return max(rows, 4 * sampled * shape.vocab)
 
 
-def spread_layers(num_layers: int, count: int) -> list[int]:
-    """``count`` of ``num_layers`` layers at even distances, so that the stream has time between any two others."""
-    return [i * num_layers // count for i in range(count)]
-
-
 @lru_cache(maxsize=8)
 def _layer_sizes(shape: ModelShape, mlp_only: bool) -> tuple[int, ...]:
     return tuple(layer.num_bytes for layer in shape.layer_specs(mlp_only=mlp_only))
@@ -116,14 +111,14 @@ def _layer_sizes(shape: ModelShape, mlp_only: bool) -> tuple[int, ...]:
 def place(
     shape: ModelShape, world_size: int, num_resident: int, settings: MemorySettings, *, mlp_only: bool = False
 ) -> Placement:
-    """The placement that the runtime would make with ``num_resident`` evenly spread resident layers."""
+    """The placement with ``num_resident`` resident layers at even distances: where they lie changes no bytes."""
     if not 0 <= num_resident <= shape.num_layers:
         raise ConfigError(f"{num_resident} resident layers: must be 0 to {shape.num_layers}")
     return Placement.by_layer(
         _layer_sizes(shape, mlp_only),
         world_size,
         ring_slots=settings.ring_slots,
-        resident_layers=spread_layers(shape.num_layers, num_resident),
+        resident_layers=choose_resident_layers(shape.num_layers, num_resident, world_size, cas=False),
     )
 
 

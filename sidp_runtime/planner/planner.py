@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import _C
 from ..errors import CapacityError, ConfigError
+from ..placement import choose_resident_layers
 from . import memory, step_time
 from .gpus import GpuProfile
 from .memory import DeviceMemory, MemorySettings
@@ -116,6 +117,12 @@ class Plan:
         """Nothing resident but norms, embedding and head."""
         return self.residency[0]
 
+    @property
+    def resident_layers(self) -> list[int]:
+        """Of the best residency, for a pool that makes its steps in the mode that is faster for each."""
+        cas = self.settings.max_rows > 0 and self.replicas <= CAS_MEASURED_REPLICAS
+        return choose_resident_layers(self.shape.num_layers, self.best.num_resident or 0, self.replicas, cas=cas)
+
     def rows(self) -> list[Scheme]:
         """The schemes of the tables: DP, TP, SiDP, the best residency where it is another, and CaS."""
         more = [] if self.best is self.sidp else [self.best]
@@ -123,7 +130,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that ``json.dumps`` takes."""
-        return {**asdict(self), "num_params": self.shape.num_params, "best_resident_layers": self.best.num_resident}
+        return {
+            **asdict(self),
+            "num_params": self.shape.num_params,
+            "best_resident_layers": self.best.num_resident,
+            "resident_layers": self.resident_layers,
+        }
 
 
 @dataclass(frozen=True)

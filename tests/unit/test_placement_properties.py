@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sidp_runtime import _C, Placement
 from sidp_runtime.errors import ConfigError, UnknownNameError
 from sidp_runtime.manifest import align_up
-from sidp_runtime.placement import next_reader
+from sidp_runtime.placement import choose_resident_layers, next_reader
 
 
 @dataclass(frozen=True)
@@ -198,3 +198,30 @@ def test_a_links_next_reader_waits_and_nobody_else_does_between(
     assert chosen in waiting
     skipped = [(last - distance) % world_size for distance in range(1, ((last - chosen) % world_size or world_size))]
     assert not set(skipped) & set(waiting)
+
+
+@given(st.integers(1, 120), st.floats(0, 1), st.integers(1, 16), st.booleans())
+def test_as_many_layers_are_kept_as_were_asked_for(num_layers: int, share: float, world_size: int, cas: bool) -> None:
+    count = round(share * num_layers)
+    kept = choose_resident_layers(num_layers, count, world_size, cas=cas)
+    assert len(kept) == count
+    assert kept == sorted(set(kept))
+    assert not kept or 0 <= kept[0] <= kept[-1] < num_layers
+
+
+def test_kept_layers_lie_in_runs_where_steps_may_be_cas() -> None:
+    assert choose_resident_layers(64, 20, 2, cas=True) == [*range(22, 32), *range(54, 64)]
+    assert choose_resident_layers(64, 40, 2, cas=True) == [
+        *range(6, 16),
+        *range(22, 32),
+        *range(38, 48),
+        *range(54, 64),
+    ]
+    assert choose_resident_layers(64, 62, 2, cas=True) == list(range(2, 64))
+    assert choose_resident_layers(64, 16, 4, cas=False) == list(range(0, 64, 4))
+    for world_size in (2, 3, 4):  # between two runs each rank owns as many
+        kept = choose_resident_layers(64, 30, world_size, cas=True)
+        ends = [layer for layer in kept if layer + 1 not in kept]
+        lengths = [sum(layer not in kept for layer in range(end)) for end in ends]
+        assert len(ends) == 3
+        assert [length % world_size for length in lengths[:-1]] == [0, 0]

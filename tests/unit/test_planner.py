@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from sidp_runtime import _C, cli
 from sidp_runtime.errors import CapacityError, ConfigError
+from sidp_runtime.placement import choose_resident_layers
 from sidp_runtime.planner import (
     GpuProfile,
     LinearTimes,
@@ -28,6 +29,7 @@ from sidp_runtime.planner import (
     Streamed,
     Workload,
     bundled_gpus,
+    display,
     step_time,
 )
 
@@ -150,6 +152,20 @@ def test_with_two_replicas_each_residency_is_in_its_faster_mode(prompt: int, out
             assert scheme.batch * (1 + prompt / output) <= 512 + 1e-9
 
 
+def test_the_plan_says_which_layers_to_keep() -> None:
+    """In runs where steps may be CaS, at even distances where they are WaS, as with many replicas."""
+    plan = Planner(QWEN, H200, 2, MemorySettings(utilization=0.57, max_rows=256)).plan(Workload(4096, 512))
+    assert (plan.best.num_resident, plan.best.mode) == (20, "CAS")
+    assert plan.resident_layers == [*range(22, 32), *range(54, 64)]
+    assert " on every replica (22-31, 54-63), " in display._findings(plan)[0]
+    plan = qwen_plan()
+    assert plan.resident_layers == choose_resident_layers(64, plan.best.num_resident or 0, 8, cas=False)
+    assert plan.as_dict()["resident_layers"] == plan.resident_layers
+    none = replace(plan, best=plan.sidp)
+    assert none.resident_layers == []
+    assert " layers on every replica, " in display._findings(none)[0]
+
+
 def test_bounds_of_the_engine_bound_the_batch() -> None:
     assert qwen_plan(max_sequences=10).sidp.batch == 10
     assert qwen_plan(step_tokens=100).sidp.batch == pytest.approx(20)  # each decoded token has 4 of a prompt beside it
@@ -252,7 +268,7 @@ def test_the_command_prints_json_that_adds_up() -> None:
     assert found["settings"]["ring_slots"] == 3
     device = found["residency"][0]["device"]
     assert sum(device["items"].values()) == device["device_bytes"]
-    assert found["best_resident_layers"] == found["best"]["num_resident"]
+    assert found["best_resident_layers"] == found["best"]["num_resident"] == len(found["resident_layers"])
     assert len(found["residency"]) == 64
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sidp_runtime import Placement
 from sidp_runtime.errors import ConfigError
+from sidp_runtime.placement import choose_resident_layers
 from sidp_runtime.planner import (
     DeviceMemory,
     GpuProfile,
@@ -118,7 +119,7 @@ def test_owned_resident_and_ring_bytes_are_the_placements(
 ) -> None:
     shape, context, chosen, world, resident, _ = case
     sizes = [layer.num_bytes for layer in shape.layer_specs()]
-    kept = memory.spread_layers(shape.num_layers, resident)
+    kept = choose_resident_layers(shape.num_layers, resident, world, cas=False)
     assert len(set(kept)) == resident
     placement = Placement.by_layer(sizes, world, ring_slots=chosen.ring_slots, resident_layers=kept)
     items = memory.shared(shape, GIB, context, chosen, memory.place(shape, world, resident, chosen)).items
@@ -141,10 +142,13 @@ def test_a_plain_replica_by_hand() -> None:
 @pytest.mark.parametrize(
     ("model", "system", "utilization", "resident", "num_runs"),
     [
-        ("Qwen/Qwen3-32B", "dp", 0.57, 0, 1),
-        ("Qwen/Qwen3-32B", "dp", 0.90, 0, 2),
+        ("Qwen/Qwen3-32B", "dp", 0.57, 0, 2),
+        ("Qwen/Qwen3-32B", "dp", 0.90, 0, 3),
         ("Qwen/Qwen3-32B", "sidp", 0.57, 0, 1),
+        ("Qwen/Qwen3-32B", "sidp", 0.57, 20, 1),
+        ("Qwen/Qwen3-32B", "sidp", 0.57, 40, 1),
         ("Qwen/Qwen3-32B", "sidp", 0.90, 0, 1),
+        ("Qwen/Qwen3-32B", "sidp", 0.90, 2, 1),
         ("Qwen/Qwen3-32B", "sidp", 0.90, 62, 1),
         ("Qwen/Qwen2.5-72B", "sidp", 0.90, 0, 1),
         ("meta-llama/Llama-3.1-70B", "sidp", 0.90, 0, 1),
