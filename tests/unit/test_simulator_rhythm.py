@@ -32,7 +32,7 @@ def test_a_request_waits_for_its_owners_turns_as_long_as_it_has_patience() -> No
         step_us(replace(EXACT, owners=(1,) * 16, patience_us=us, num_steps=60))[0] / 16 for us in (400.0, 1200.0)
     )
     assert late - soon == pytest.approx(800, abs=60)
-    with pytest.raises(ConfigError, match="a replica made [0-3] of 12 steps"):
+    with pytest.raises(ConfigError, match=r"a replica made [0-3] of 12 steps"):
         step_us(replace(EXACT, owners=(1,) * 16, patience_us=20000.0))
 
 
