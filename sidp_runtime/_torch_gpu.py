@@ -125,6 +125,7 @@ def capture_ops(
         stream = torch.cuda.ExternalStream(_C.service_stream(core))  # type: ignore[no-untyped-call]
         memory = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
+        run: set[tuple[Any, ...]] = set()
         for op, kernels in ops:
             for layer in op.weights:
                 owner, kernel = placement.owner(layer), kernels[layer]
@@ -133,9 +134,12 @@ def capture_ops(
                 view = pool.core.local_layer(layer) if owner == rank else _C.peer_layer(pool.core, layer)
                 tensors = _torch.tensor_views(view, pool.layers[layer])
                 weights = {short: tensors[name] for short, name in op.weights[layer].items()}
+                like = tuple((short, w.shape, w.stride(), w.dtype) for short, w in weights.items())
                 requesters = [r for r in range(world_size) if r != rank] if owner == rank else [rank]
                 for requester, rows in itertools.product(requesters, row_buckets):
-                    graph = _capture(op, weights, core, (owner, requester, rows), stream, memory)
+                    first = (op.name, rows, like) not in run
+                    graph = _capture(op, weights, core, (owner, requester, rows), stream, memory, first)
+                    run.add((op.name, rows, like))
                     _C.add_graph(kernel, owner, requester, rows, graph.raw_cuda_graph())
                     captured.append(graph)
         torch.cuda.synchronize()
@@ -156,16 +160,21 @@ def _capture(
     slot: tuple[int, int, int],
     stream: torch.cuda.Stream,
     memory: Any,
+    first: bool,
 ) -> torch.cuda.CUDAGraph:
-    """A graph that awaits the rows of a slot (owner, requester, rows), computes the op and puts the answer."""
+    """A graph that awaits the rows of a slot (owner, requester, rows), computes the op and puts the answer.
+
+    ``first``: of so many rows, with weights of such shapes. Libraries set themselves up then, which a capture forbids.
+    """
     owner, requester, rows = slot
     num_bytes = rows * op.in_features * DTYPE_BYTES[op.dtype]
     view = _C.request_slot(core, owner, requester, num_bytes)
     x = from_dlpack(view).view(_torch.dtype_of(op.dtype)).view(rows, op.in_features)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     try:
-        check_outputs(op, rows, op.function(weights, x))  # libraries set themselves up too, which a capture forbids
-        torch.cuda.synchronize()
+        if first:
+            check_outputs(op, rows, op.function(weights, x))
+            torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
