@@ -127,6 +127,7 @@ def test_deep_gemm_warms_up_linears_with_their_own_methods(monkeypatch: pytest.M
     seen: list[Any] = []
     monkeypatch.setattr(worker, "current", lambda: SimpleNamespace(state=state))
     monkeypatch.setattr(compat, "load_late_kernels", lambda runner: None)
+    monkeypatch.setattr(compat, "load_kernels_of_logits", lambda worker: None)
     monkeypatch.setattr(deep_gemm, "is_deep_gemm_supported", lambda: True)
     monkeypatch.setattr(deep_gemm_warmup, "_fp8_linear_may_use_deep_gemm", None, raising=False)
     if not named:
@@ -161,15 +162,31 @@ def test_a_gpus_worker_steps_through_full_graphs_alone(monkeypatch: pytest.Monke
         assert followed == expected
 
 
-def test_steps_are_told_how_many_sequences_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.worker.gpu_worker import Worker
+def test_logits_are_computed_for_each_number_of_sequences_before_the_engine_is_warm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their product may load a kernel of its own for any of them, and a step of padded size says nothing of it."""
+    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
     from sidp_runtime.integrations.vllm import worker
 
-    told: list[Any] = []
-    monkeypatch.setattr(worker, "current", lambda: SimpleNamespace(state=SimpleNamespace(expect=told.append)))
-    monkeypatch.setattr(Worker, "execute_model", lambda self, scheduled: told.append("executed") or "output")
+    seen: list[Any] = []
+    model: Any = object.__new__(Qwen3ForCausalLM)
+    torch.nn.Module.__init__(model)
+    model.lm_head = "head"
+    model.logits_processor = lambda head, hidden: seen.append((head, hidden))
+    monkeypatch.setattr(worker, "current", lambda: SimpleNamespace(state=StepState(Began(), 2, 8)))  # type: ignore[arg-type]
+    monkeypatch.setattr(compat, "load_late_kernels", lambda runner: None)
+    monkeypatch.setattr(compat, "warm_up_products", lambda worker: None)
+    monkeypatch.setattr(worker.SidpWorker, "get_model", lambda self: model)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("waited"))
     given: Any = object.__new__(worker.SidpWorker)
-    scheduled = SimpleNamespace(num_scheduled_tokens={"a": 512, "b": 1})
-    assert given.execute_model(scheduled) == "output"
-    assert told == [2, "executed"]
+    given.model_runner, given.device = None, "cpu"
+    given.scheduler_config = SimpleNamespace(max_num_seqs=5)
+    given.model_config = SimpleNamespace(get_hidden_size=lambda: 4, dtype=torch.bfloat16)
+    given._warm_up_more()
+    *computed, last = seen
+    assert last == "waited"
+    assert [(head, hidden.shape, hidden.dtype) for head, hidden in computed] == [
+        ("head", (rows, 4), torch.bfloat16) for rows in range(1, 6)
+    ]

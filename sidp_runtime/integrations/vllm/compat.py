@@ -59,12 +59,7 @@ _HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
-    (
-        "vllm.v1.core.sched.output",
-        "SchedulerOutput",
-        ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens"),
-    ),
+    ("vllm.v1.worker.gpu_worker", "Worker.get_model", ("self",)),
 )
 
 
@@ -348,3 +343,20 @@ def load_late_kernels(runner: Any) -> None:
     for tokens in (1, 16, 17):
         if tokens <= positions.shape[0]:
             compute(1, starts, positions[:tokens])
+
+
+def load_kernels_of_logits(worker: Any) -> None:
+    """Loads, on a GPU, the kernels of the product that follows a step, for each number of sequences that it may have.
+
+    vLLM pads a step to a graph that it has launched before, and not its logits, of which each sequence has a row. Two
+    engines that came to a new number at once stopped for good, for the reason above.
+    """
+    import torch
+
+    model, config = worker.get_model(), worker.model_config
+    rows = worker.scheduler_config.max_num_seqs
+    hidden = torch.zeros(rows, config.get_hidden_size(), dtype=config.dtype, device=worker.device)
+    with torch.inference_mode():
+        for count in range(1, rows + 1):
+            model.compute_logits(hidden[:count])
+    torch.cuda.synchronize()

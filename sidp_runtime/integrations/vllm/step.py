@@ -33,13 +33,12 @@ class StepState:
 
     ``warming_up``: at first calls of the model are no steps, but for captures: they compile, or measure memory, so no
     layer is copied for them, and their numbers mean nothing. ``first_is_was``: on a GPU each size's first step after
-    that is WaS. What an engine does then for the first time (a kernel loaded, memory page-locked) may wait for the
-    device, as two engines that ask each other for answers must not.
+    that is WaS, and begins when the steps before it have ended. What an engine does then for the first time (a kernel
+    loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
 
     A step that vLLM captures as one CUDA graph keeps its mode: the configured one, or what the policy predicts. vLLM
     launches it without a call of the model; ``launch`` stands around that. Around a graph's first launch the host waits
-    for the stream, for the same reason, and after the first step of each number of sequences: vLLM pads its step, and
-    not the logits that follow.
+    for the stream, for the same reason.
     """
 
     def __init__(
@@ -61,12 +60,10 @@ class StepState:
         self._in_step = False
         self._is_cas = False
         self._on_gpu = first_is_was
-        self._untried = set(range(1, max_rows + 1)) if first_is_was else set()
+        self._tried: set[int] = set()
         self._graphs: dict[object, Mode] = {}  # of whole steps, by what vLLM tells them apart by
         self._launched: set[object] = set()
         self._capturing: object = None
-        self._known: set[int] = set()  # numbers of sequences
-        self._wait_after = False  # the step that is next
 
     def pin(self, mode: Mode | None) -> None:
         """From the next step on this mode where a step may have it, or again as configured (None).
@@ -94,11 +91,6 @@ class StepState:
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
-    def expect(self, sequences: int) -> None:
-        """Before a step of so many sequences. Each has a row of logits, whose product may have a kernel of its own."""
-        self._wait_after = self._on_gpu and bool(self.computes) and sequences not in self._known
-        self._known.add(sequences)
-
     def begin(self, rows: int, graph: object = None) -> None:
         """Before vLLM calls the model. ``graph``: that of the whole step, where one is captured."""
         self._break_off()
@@ -109,13 +101,12 @@ class StepState:
             self._is_cas = False
             return
         mode = self.pinned
-        first = rows in self._untried
+        first = self._on_gpu and rows not in self._tried
         if first and mode != Mode.WAS:
             torch.cuda.current_stream().synchronize()  # vLLM runs ahead: of steps that wait for answers
-        if first or (mode == Mode.CAS and rows > self._max_rows):
+        if (first and rows <= self._max_rows) or (mode == Mode.CAS and rows > self._max_rows):
             mode = Mode.WAS
-        if first:
-            self._untried.discard(rows)
+        self._tried.add(rows)
         step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
         self._in_step, self._is_cas = True, step.mode == Mode.CAS
 
@@ -134,8 +125,6 @@ class StepState:
         if graph is not None:
             self._graphs[graph] = Mode.CAS if self._is_cas else Mode.WAS
             self._launched.discard(graph)  # vLLM may have dropped an earlier one
-        elif self._wait_after:
-            self._wait()
 
     # --- Steps in one CUDA graph --------------------------------------------------------------------------------------
 
@@ -162,15 +151,10 @@ class StepState:
         launch = _Launch(call)
         with Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._graphs[graph]) as step:
             step.replay(launch)
-        self._launched.add(graph)
-        if first or self._wait_after:
-            self._wait()
+        if first:
+            self._launched.add(graph)
+            torch.cuda.current_stream().synchronize()
         return launch.output
-
-    def _wait(self) -> None:
-        """For the step, and those before it."""
-        self._wait_after = False
-        torch.cuda.current_stream().synchronize()
 
     # --- Layers -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,4 @@
-"""vLLM's workers with three differences: all engines report the same KV budget, they warm up together, and steps are
-told how many sequences they have.
+"""vLLM's workers with two differences: all engines report the same KV budget, and they warm up together.
 
 With unequal budgets the fullest engine would be the first to preempt, and equal shares of the prompts would not end
 together. Until all are warm no engine asks another for anything: what captures or compiles may not answer in time.
@@ -29,11 +28,6 @@ class PooledWorker:
         current().end_warm_up()
         return result
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        """vLLM's."""
-        current().state.expect(len(scheduler_output.num_scheduled_tokens))
-        return super().execute_model(scheduler_output)  # type: ignore[misc]
-
     def _warm_up_more(self) -> None:
         """What vLLM leaves to the first steps."""
 
@@ -49,6 +43,7 @@ class SidpWorker(PooledWorker, Worker):  # type: ignore[misc]
 
     def _warm_up_more(self) -> None:
         compat.load_late_kernels(self.model_runner)
+        compat.load_kernels_of_logits(self)
         with current().state.own_methods():
             compat.warm_up_products(self)
 
