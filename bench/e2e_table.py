@@ -15,7 +15,7 @@ from .harness import OWN, Bar, Figure, render_notes
 CASE = "e2e_vllm"
 OVER_DP = 0.95  # where plain data parallelism fits
 OVER_BEST = 1.5  # of dp and tp, in one workload at least
-START_OVER_DP = 1.0  # seconds, where both read a checkpoint
+START_OVER_DP = 1.0  # x DP's seconds, where both read a checkpoint from the disk
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Results:
     order: list[str] = field(default_factory=list)
 
     def started(self, system: str, resident: int | None, seconds: float, ready: list[dict[str, Any]]) -> None:
-        """``ready``: what each engine said then: its KV tokens, and seconds of ``setup`` by part, of a pool alone."""
+        """``ready``: what each engine said then: its KV tokens, and seconds of a pool's ``setup`` by part."""
         self.starts.setdefault((system, resident), []).append(seconds)
         self.kv_tokens.setdefault((system, resident), []).extend(answer["kv_tokens"] for answer in ready)
         self.setup.setdefault((system, resident), []).extend(answer["setup"] for answer in ready)
@@ -177,7 +177,8 @@ class Results:
         for (system, resident), starts in self.starts.items():
             theirs = self.starts.get(("dp", None), [])
             if system.startswith(OWN) and theirs:
-                bar = Bar(START_OVER_DP, at_least=False) if held and self.options.weights == "checkpoint" else None
+                from_disk = self.options.weights == "checkpoint" and self.options.cold
+                bar = Bar(START_OVER_DP, at_least=False) if held and from_disk else None
                 over = tuple(a / b for a, b in zip(starts, theirs, strict=False))
                 subject = system.replace("-", "_")
                 found.append(Figure(CASE, "start_over_dp", subject, "x", _where(resident), over, False, bar))

@@ -28,8 +28,7 @@ from rich.console import Console
 from sidp_runtime import _C
 from sidp_runtime.errors import SidpError
 from sidp_runtime.integrations.vllm.settings import PoolSettings
-from sidp_runtime.placement import choose_resident_layers
-from sidp_runtime.planner import GpuProfile, MemorySettings, ModelShape, Planner, Workload
+from sidp_runtime.planner import GpuProfile, MemorySettings, ModelShape, Plan, Planner, Workload
 
 from . import e2e_table, vllm_engine
 from .e2e_table import Results, Sample
@@ -123,9 +122,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.plan_for and options.quick:
         parser.error("--plan-for plans for engines of full size, and --quick has small ones")
     try:
-        options.resident = {w: planned(w, options) if options.plan_for else None for w in options.workloads}
+        planned = {w: plan(w, options).resident_layers if options.plan_for else None for w in options.workloads}
     except (SidpError, TypeError) as error:  # a setting of the engines of another type
         parser.error(f"--plan-for {options.plan_for}: {error}")
+    options.resident = {w: None if layers is None else len(layers) for w, layers in planned.items()}
+    # Of two workloads with one count and two modes the last one's: a start has one set of layers
+    options.resident_layers = {len(layers): layers for layers in planned.values() if layers is not None}
     options.begun = time.monotonic()
     if options.quick:
         share = options.gpus / options.replicas if options.gpus else 1.0
@@ -156,8 +158,8 @@ def numbers(workload: str) -> list[int]:
     return [int(part) for part in workload.split(":")]
 
 
-def planned(workload: str, options: argparse.Namespace) -> int:
-    """How many resident layers the planner picks for these engines and an endless queue of such requests."""
+def plan(workload: str, options: argparse.Namespace) -> Plan:
+    """The planner's, for these engines and an endless queue of such requests."""
     length, out, _, *long = numbers(workload)
     if long:
         out = round((1 - LONG_SHARE) * out + LONG_SHARE * long[0])
@@ -171,8 +173,7 @@ def planned(workload: str, options: argparse.Namespace) -> int:
     if (utilization := options.engine.get("gpu_memory_utilization")) is not None:
         memory = replace(memory, utilization=utilization)
     shape, gpu = ModelShape.read(options.model), GpuProfile.read(options.plan_for)
-    plan = Planner(shape, gpu, options.replicas, memory, **given).plan(Workload(length, out))
-    return plan.best.num_resident or 0
+    return Planner(shape, gpu, options.replicas, memory, **given).plan(Workload(length, out))
 
 
 def starts(system: str, options: argparse.Namespace) -> dict[int | None, list[tuple[str, int]]]:
@@ -198,8 +199,7 @@ def engine_settings(system: str, options: argparse.Namespace, resident: int | No
     mode = {"mode": system.partition("-")[2] or "auto"}
     pool = {"world_size": options.replicas, "backend": options.backend, "weights": options.weights, **mode}
     if resident is not None:
-        num_layers = ModelShape.read(options.model).num_layers
-        pool["resident_layers"] = choose_resident_layers(num_layers, resident, options.replicas, cas=True)
+        pool["resident_layers"] = options.resident_layers[resident]
     common = {name: getattr(options, name) for name in ("model", "replicas", "weights", "engine", "gpus")}
     common |= {"system": system, "port": port, "token": secrets.token_hex(16), "pool": {**pool, **options.sidp}}
     return [{**common, "rank": rank} for rank in range(1 if system == "tp" else options.replicas)]

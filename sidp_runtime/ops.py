@@ -86,7 +86,8 @@ def spread_rows(max_rows: int) -> list[int]:
     """Powers of two up to 128, four to each doubling beyond, and ``max_rows`` itself.
 
     To round a request up costs little as long as a product's time is the reading of its weights: 64 layers of
-    Qwen3-32B's linears on an H200 take 17 ms for a row, 20 for 128, 30 for 256 (planner/gpu_profiles.json).
+    Qwen3-32B's linears on an H200 take 17 ms for a row, 20 for 128, 30 for 256 (planner/gpu_profiles.json). Each count
+    is a graph to capture for each op, layer and requester.
     """
     beyond = (quarters << bit for bit in range(5, max_rows.bit_length()) for quarters in (5, 6, 7, 8))
     rows = [*(1 << bit for bit in range(8)), *beyond]

@@ -105,7 +105,7 @@ def _findings(plan: Plan) -> list[str]:
 
 
 def _which(layers: list[int]) -> str:
-    """In brackets: runs as first-last, or every nth layer."""
+    """In brackets, runs as first-last."""
     if not layers:
         return ""
     runs: list[list[int]] = []

@@ -111,7 +111,7 @@ def _layer_sizes(shape: ModelShape, mlp_only: bool) -> tuple[int, ...]:
 def place(
     shape: ModelShape, world_size: int, num_resident: int, settings: MemorySettings, *, mlp_only: bool = False
 ) -> Placement:
-    """The placement with ``num_resident`` resident layers at even distances: where they lie changes no bytes."""
+    """The placement with ``num_resident`` resident layers at even distances: of layers all alike any will do."""
     if not 0 <= num_resident <= shape.num_layers:
         raise ConfigError(f"{num_resident} resident layers: must be 0 to {shape.num_layers}")
     return Placement.by_layer(

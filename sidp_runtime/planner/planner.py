@@ -119,9 +119,9 @@ class Plan:
 
     @property
     def resident_layers(self) -> list[int]:
-        """Of the best residency, for a pool that makes its steps in the mode that is faster for each."""
-        cas = self.settings.max_rows > 0 and self.replicas <= CAS_MEASURED_REPLICAS
-        return choose_resident_layers(self.shape.num_layers, self.best.num_resident or 0, self.replicas, cas=cas)
+        """Of the best residency: those that a pool is to keep."""
+        count, cas = self.best.num_resident or 0, self.best.mode == _C.Mode.CAS.name
+        return choose_resident_layers(self.shape.num_layers, count, self.replicas, cas=cas and self.replicas == 2)
 
     def rows(self) -> list[Scheme]:
         """The schemes of the tables: DP, TP, SiDP, the best residency where it is another, and CaS."""

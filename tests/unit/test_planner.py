@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from sidp_runtime import _C, cli
 from sidp_runtime.errors import CapacityError, ConfigError
-from sidp_runtime.placement import choose_resident_layers
 from sidp_runtime.planner import (
     GpuProfile,
     LinearTimes,
@@ -153,17 +152,24 @@ def test_with_two_replicas_each_residency_is_in_its_faster_mode(prompt: int, out
 
 
 def test_the_plan_says_which_layers_to_keep() -> None:
-    """In runs where steps may be CaS, at even distances where they are WaS, as with many replicas."""
-    plan = Planner(QWEN, H200, 2, MemorySettings(utilization=0.57, max_rows=256)).plan(Workload(4096, 512))
+    """In runs for two replicas in CaS, else at even distances."""
+
+    def best(prompt: int, output: int, replicas: int = 2) -> Plan:
+        chosen = MemorySettings(utilization=0.57, max_rows=256)
+        return Planner(QWEN, H200, replicas, chosen, max_sequences=256).plan(Workload(prompt, output))
+
+    plan = best(4096, 512)
     assert (plan.best.num_resident, plan.best.mode) == (20, "CAS")
     assert plan.resident_layers == [*range(22, 32), *range(54, 64)]
     assert " on every replica (22-31, 54-63), " in display._findings(plan)[0]
-    plan = qwen_plan()
-    assert plan.resident_layers == choose_resident_layers(64, plan.best.num_resident or 0, 8, cas=False)
     assert plan.as_dict()["resident_layers"] == plan.resident_layers
-    none = replace(plan, best=plan.sidp)
-    assert none.resident_layers == []
-    assert " layers on every replica, " in display._findings(none)[0]
+    for plan, mode in ((best(8192, 64), "WAS"), (best(512, 326, 4), "CAS")):
+        count = plan.best.num_resident or 0
+        assert plan.best.mode == mode
+        assert plan.resident_layers == [layer * 64 // count for layer in range(count)]
+    plan = replace(plan, best=plan.sidp)
+    assert plan.resident_layers == []
+    assert " layers on every replica, " in display._findings(plan)[0]
 
 
 def test_bounds_of_the_engine_bound_the_batch() -> None:
