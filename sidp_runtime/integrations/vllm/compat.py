@@ -357,6 +357,6 @@ def load_kernels_of_logits(worker: Any) -> None:
     rows = worker.scheduler_config.max_num_seqs
     hidden = torch.zeros(rows, config.get_hidden_size(), dtype=config.dtype, device=worker.device)
     with torch.inference_mode():
-        for count in range(1, rows + 1):
+        for count in range(rows, 0, -1):  # downwards, so that all fit the memory of the first
             model.compute_logits(hidden[:count])
     torch.cuda.synchronize()
