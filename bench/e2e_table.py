@@ -57,8 +57,8 @@ class Sample:
         }
 
 
-def resident_layers(options: argparse.Namespace, system: str, workload: str) -> int | None:
-    """That the planner picked; None where it was not asked."""
+def num_resident(options: argparse.Namespace, system: str, workload: str) -> int | None:
+    """Layers that the planner picked; None where it was not asked."""
     picked: int | None = options.resident[workload] if system.startswith(OWN) else None
     return picked
 
@@ -87,7 +87,7 @@ class Results:
 
     def engines(self, system: str, workload: str) -> tuple[str, int | None]:
         """Which ones run the workload."""
-        return system, resident_layers(self.options, system, workload)
+        return system, num_resident(self.options, system, workload)
 
     def sampled(self, system: str, workload: str, sample: Sample) -> None:
         self.samples.setdefault((system, workload), []).append(sample)

@@ -180,7 +180,7 @@ def starts(system: str, options: argparse.Namespace) -> dict[int | None, list[tu
     """For each start of the system in a round, by resident layers: workloads and how often each is sampled."""
     found: dict[int | None, list[tuple[str, int]]] = {}
     for workload, repeats in zip(options.workloads, options.repeats, strict=True):
-        resident = e2e_table.resident_layers(options, system, workload)
+        resident = e2e_table.num_resident(options, system, workload)
         found.setdefault(resident, []).append((workload, repeats))
     return found
 

@@ -134,12 +134,12 @@ def capture_ops(
                 view = pool.core.local_layer(layer) if owner == rank else _C.peer_layer(pool.core, layer)
                 tensors = _torch.tensor_views(view, pool.layers[layer])
                 weights = {short: tensors[name] for short, name in op.weights[layer].items()}
-                like = tuple((short, w.shape, w.stride(), w.dtype) for short, w in weights.items())
+                layout = op.layout(pool.layers, layer)
                 requesters = [r for r in range(world_size) if r != rank] if owner == rank else [rank]
                 for requester, rows in itertools.product(requesters, row_buckets):
-                    first = (op.name, rows, like) not in run
+                    first = (op.name, rows, layout) not in run
                     graph = _capture(op, weights, core, (owner, requester, rows), stream, memory, first)
-                    run.add((op.name, rows, like))
+                    run.add((op.name, rows, layout))
                     _C.add_graph(kernel, owner, requester, rows, graph.raw_cuda_graph())
                     captured.append(graph)
         torch.cuda.synchronize()

@@ -51,6 +51,10 @@ class Op:
             raise UnknownNameError(f"op {self.name!r} names layer {layer}; the pool has {len(layers)}", layer=layer)
         return {short: layers[layer].tensor(name) for short, name in self.weights[layer].items()}
 
+    def layout(self, layers: Sequence[LayerSpec], layer: int) -> tuple[Any, ...]:
+        """Of those tensors; layers with equal ones are alike to the function."""
+        return tuple((short, s.shape, s.strides, s.dtype) for short, s in self.specs(layers, layer).items())
+
 
 @dataclass(frozen=True)
 class OpProgram:

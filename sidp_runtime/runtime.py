@@ -199,7 +199,7 @@ class Runtime:
         kernels: list[_C.OpKernel | None] = [None] * len(self.pool.layers)
         for layer in op.weights:
             specs = op.specs(self.pool.layers, layer)
-            key = tuple((short, s.shape, s.strides, s.dtype) for short, s in specs.items())
+            key = op.layout(self.pool.layers, layer)
             if key not in captured:
                 captured[key] = _torch.program_of(op, specs, self._device)
             program = self._programs[index, layer] = captured[key]

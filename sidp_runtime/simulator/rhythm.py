@@ -221,27 +221,27 @@ class _Replica:
         return work_us * (1 + self._rhythm.jitter * self._random.random())
 
 
+_LAYERS = 64
 _OFFSETS_US = (0.0, 150.0, 300.0, 450.0, 700.0, 1100.0, 5000.0, 9000.0)
 
 
-def over_starts(
-    resident: list[int], attention_us: tuple[float, float] = (115.0, 115.0), num_layers: int = 64
-) -> list[float]:
+def over_starts(resident: list[int], attention_us: tuple[float, float] = (115.0, 115.0)) -> list[float]:
     """``remote_layer_us`` for replicas that start apart by this or that."""
-    placement = Placement.by_layer([1] * num_layers, 2, ring_slots=2, resident_layers=resident)
-    owners = tuple(placement.owner(layer) for layer in range(num_layers))
+    placement = Placement.by_layer([1] * _LAYERS, 2, ring_slots=2, resident_layers=resident)
+    owners = tuple(placement.owner(layer) for layer in range(_LAYERS))
     rhythms = (Rhythm(owners, attention_us, offset_us=offset, seed=seed) for seed, offset in enumerate(_OFFSETS_US))
     return [remote_layer_us(rhythm) for rhythm in rhythms]
 
 
 def _compare() -> None:
     """As Markdown."""
-    print("| resident of 64 | attention, us a layer | at even distances | in runs |\n| ---: | ---: | ---: | ---: |")
+    print(f"| resident of {_LAYERS} | attention, us a layer | at even distances | in runs |")
+    print("| ---: | ---: | ---: | ---: |")
     for attention_us in ((115.0, 115.0), (300.0, 300.0), (105.0, 125.0), (90.0, 140.0)):
         for count in (0, 8, 20, 40, 48, 56, 62):
             cells = []
             for cas in (False, True):
-                found = over_starts(choose_resident_layers(64, count, 2, cas=cas), attention_us=attention_us)
+                found = over_starts(choose_resident_layers(_LAYERS, count, 2, cas=cas), attention_us=attention_us)
                 cells.append(f"{median(found):.0f} ({min(found):.0f} - {max(found):.0f})")
             both = " and ".join(f"{us:.0f}" for us in sorted(set(attention_us)))
             print(f"| {count} | {both} | {' | '.join(cells)} |", flush=True)

@@ -54,12 +54,14 @@ def test_the_first_step_of_each_size_is_was_where_asked_for(monkeypatch: pytest.
     state.begin(8)  # of the warm-up
     state.end()
     state.warming_up = False
-    for rows in (8, 8, 4, 8, 4, 9, 9):
+    for rows in (8, 8, 4, 8, 4, 9, 9, 10):
         state.begin(rows)
         state.end()
-    assert runtime.modes == [Mode.WAS, Mode.CAS, Mode.WAS, Mode.CAS, Mode.CAS, Mode.WAS, Mode.WAS]
+    assert runtime.modes == [Mode.WAS, Mode.CAS, Mode.WAS, Mode.CAS, Mode.CAS, Mode.WAS, Mode.WAS, Mode.WAS]
     assert all(runtime.counted)
-    assert waits == [0, 2, 5], "9 rows are WaS anyway, but their kernels are new too"
+    assert waits == [0, 2, 5], (
+        "9 rows are WaS anyway, but their kernels are new too; before 10 nothing waits for answers"
+    )
 
 
 def whole_graphs(monkeypatch: pytest.MonkeyPatch, configured: Mode | None = None) -> tuple[Any, Gpu, StepState]:
@@ -110,6 +112,22 @@ def test_a_graph_is_launched_within_a_step_and_its_first_launch_waited_for(monke
             runtime.calls.clear()
             state.launch("of 4", 4, lambda: runtime.calls.append("launch"))
             assert runtime.calls == expected
+
+
+def test_new_prompts_wait_for_a_graph_of_requests_and_not_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, gpu, state = whole_graphs(monkeypatch)
+    capture(gpu, state, 4)  # CaS
+    capture(gpu, state, 8)  # WaS
+    state.warming_up = False
+    for rows in (4, 8):
+        state.launch(f"of {rows}", rows, lambda: None)  # the first: waited for
+    for graph, prompt, waits in ((None, 20, 0), (4, 21, 1), (None, 22, 0), (8, 23, 0), (4, 23, 0), (8, 24, 1)):
+        runtime.calls.clear()
+        if graph is not None:
+            state.launch(f"of {graph}", graph, lambda: None)
+        state.begin(prompt)
+        state.end()
+        assert runtime.calls.count("wait") == waits, (graph, prompt)
 
 
 def test_a_launch_that_fails_breaks_its_step_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ class StepState:
 
     ``warming_up``: at first calls of the model are no steps, but for captures: they compile, or measure memory, so no
     layer is copied for them, and their numbers mean nothing. ``first_is_was``: on a GPU each size's first step after
-    that is WaS, and begins when the steps before it have ended. What an engine does then for the first time (a kernel
-    loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
+    that is WaS, and begins when no step before it waits for answers. What an engine does then for the first time (a
+    kernel loaded, memory page-locked) may wait for the device, as two engines that ask each other for answers must not.
 
     A step that vLLM captures as one CUDA graph keeps its mode: the configured one, or what the policy predicts. vLLM
     launches it without a call of the model; ``launch`` stands around that. Around a graph's first launch the host waits
@@ -61,6 +61,7 @@ class StepState:
         self._is_cas = False
         self._on_gpu = first_is_was
         self._tried: set[int] = set()
+        self._may_wait = True  # steps under way, for answers
         self._graphs: dict[object, Mode] = {}  # of whole steps, by what vLLM tells them apart by
         self._launched: set[object] = set()
         self._capturing: object = None
@@ -102,13 +103,18 @@ class StepState:
             return
         mode = self.pinned
         first = self._on_gpu and rows not in self._tried
-        if first and mode != Mode.WAS:
-            torch.cuda.current_stream().synchronize()  # vLLM runs ahead: of steps that wait for answers
+        if first and mode != Mode.WAS and self._may_wait:
+            self._wait()  # vLLM runs ahead: of steps that wait for answers
         if (first and rows <= self._max_rows) or (mode == Mode.CAS and rows > self._max_rows):
             mode = Mode.WAS
         self._tried.add(rows)
         step = Step(self.runtime, rows, self.runtime._stream(None), StepKind.RUN, mode).__enter__()
         self._in_step, self._is_cas = True, step.mode == Mode.CAS
+        self._may_wait |= self._is_cas
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream().synchronize()
+        self._may_wait = False
 
     def _break_off(self) -> None:
         if self._in_step:  # that call of the model raised
@@ -147,13 +153,14 @@ class StepState:
             raise UsageError(f"vLLM launches a CUDA graph of {rows} tokens that was captured outside of a step")
         first = graph not in self._launched
         if first:  # it takes memory, which may wait for the steps before
-            torch.cuda.current_stream().synchronize()
+            self._wait()
+        self._may_wait |= self._graphs[graph] == Mode.CAS
         launch = _Launch(call)
         with Step(self.runtime, rows, self.runtime._stream(None), StepKind.REPLAY, self._graphs[graph]) as step:
             step.replay(launch)
         if first:
             self._launched.add(graph)
-            torch.cuda.current_stream().synchronize()
+            self._wait()
         return launch.output
 
     # --- Layers -------------------------------------------------------------------------------------------------------
