@@ -300,8 +300,8 @@ class Planner:
             )
         if best.mode == _C.Mode.CAS.name:
             found.append(
-                f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. It "
-                f"was measured without attention, with one op a layer; {step_time.OPS_PER_LAYER} are planned"
+                f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. Each "
+                f"remote layer waits for its owner {step_time.CAS_WAIT_S * 1e6:.0f} us, as in vLLM on two H200"
             )
         if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
             found.append(

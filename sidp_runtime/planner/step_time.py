@@ -13,6 +13,9 @@ from .model_shape import ModelShape
 
 #: ``remote_compute`` calls a layer: qkv, output projection, MLP.
 OPS_PER_LAYER = 3
+#: Seconds that a remote layer costs in CaS besides round trips and rows, as attention lies between its ops: the median
+#: of decode steps of vLLM on two H200, which took 45 to 136 us (``docs/model.md``).
+CAS_WAIT_S = 75e-6
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class StepTimes:
     """Seconds of a step. ``local_s``: with all weights here; ``work_s``: that, beside a stream written to memory.
 
     ``copy_s``: the streamed layers on a link of one's own; ``was_floor_s``: WaS with such a link; ``was_s``: where
-    replicas that drift take turns on the links, as simulated. ``cas_s``: replicas follow each other through the owners.
+    replicas that drift take turns on the links, as simulated. ``cas_s``: replicas follow each other through the owners,
+    and wait for them by ``CAS_WAIT_S`` a layer.
     """
 
     local_s: float
@@ -83,7 +87,7 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
     """Both modes. WaS: the work with the stream's bytes written to memory beside it, against a stream that takes turns.
 
     CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
-    for itself; round trips and the rows' bytes come on top.
+    for itself; round trips, the rows' bytes and waits come on top. The policy knows no attention, and so no waits.
     """
     core = _C.StepShape(
         total_bytes=shape.linear_bytes,
@@ -102,7 +106,7 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
         work_s=times.work_s,
         was_floor_s=times.was_floor_s,
         was_s=times.was_s,
-        cas_s=times.cas_s,
+        cas_s=times.cas_s + CAS_WAIT_S * streamed.num_layers,
     )
 
 

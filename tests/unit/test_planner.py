@@ -52,7 +52,8 @@ def test_between_measured_rows_the_curve_is_good_to_a_seventh() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(bundled_gpus()), st.integers(1, 8192), st.integers(2, 16), st.integers(1, 63))
 def test_plan_and_policy_pick_the_same_mode(gpu: str, rows: int, replicas: int, count: int) -> None:
-    """What the policy decides of a pool of these layers is what the plan says is faster, but for attention and head."""
+    """What the policy decides of a pool of these layers is what the plan says is faster, but for attention, which the
+    policy does not know, nor what CaS waits for as it lies between ops, and the head."""
     profile, part = GpuProfile.read(gpu), Streamed(count, count * 975_175_680)
     core = _C.StepShape(
         total_bytes=QWEN.linear_bytes,
@@ -66,9 +67,10 @@ def test_plan_and_policy_pick_the_same_mode(gpu: str, rows: int, replicas: int, 
     decision = _C.decide(num_tokens=rows, max_rows=8192, shape=core, profile=profile.rates.core)
     times = step_time.step_times(profile, replace(QWEN, vocab=1), StepLoad(rows), part, replicas)
     assert decision.was_ms == pytest.approx(times.was_s * 1e3, rel=1e-4)
-    assert decision.cas_ms == pytest.approx(times.cas_s * 1e3, rel=1e-4)
-    if abs(times.was_s / times.cas_s - 1) > 1e-3:
-        assert decision.mode == (_C.Mode.CAS if times.cas_s < times.was_s else _C.Mode.WAS)
+    cas_s = times.cas_s - count * step_time.CAS_WAIT_S
+    assert decision.cas_ms == pytest.approx(cas_s * 1e3, rel=1e-4)
+    if abs(times.was_s / cas_s - 1) > 1e-3:
+        assert decision.mode == (_C.Mode.CAS if cas_s < times.was_s else _C.Mode.WAS)
     assert times.was_s >= times.was_floor_s * (1 - 1e-12) >= times.copy_s * (1 - 2e-12)
 
 
@@ -159,9 +161,9 @@ def test_the_plan_says_which_layers_to_keep() -> None:
         return Planner(QWEN, H200, replicas, chosen, max_sequences=256).plan(Workload(prompt, output))
 
     plan = best(4096, 512)
-    assert (plan.best.num_resident, plan.best.mode) == (20, "CAS")
-    assert plan.resident_layers == [*range(22, 32), *range(54, 64)]
-    assert " on every replica (22-31, 54-63), " in display._findings(plan)[0]
+    assert (plan.best.num_resident, plan.best.mode) == (22, "CAS")
+    assert plan.resident_layers == [*range(20, 31), *range(53, 64)]
+    assert " on every replica (20-30, 53-63), " in display._findings(plan)[0]
     assert plan.as_dict()["resident_layers"] == plan.resident_layers
     for plan, mode in ((best(8192, 64), "WAS"), (best(512, 326, 4), "CAS")):
         count = plan.best.num_resident or 0
