@@ -1,9 +1,9 @@
-"""Decode steps of engines in a run of ``bench.e2e_vllm``, by their logs, beside what the planner says of them.
+"""Decode steps of engines in runs of ``bench.e2e_vllm``, by their logs, beside what the planner says of steps in CaS.
 
 python -m bench.decode_steps --model Qwen/Qwen3-32B --run RUN.json LOGS [--run RUN.json LOGS ...] --json FILE
 
 ``LOGS``: the folder of the run's ``--logs``. vLLM writes a line every ten seconds; those count in which no prompt was
-worked off and as many sequences ran as in the line before. The table is for two replicas in CaS.
+worked off and as many sequences ran as in the line before. Runs of one commit, model and machine go into one file.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sidp_runtime.errors import SidpError
 from sidp_runtime.planner import ModelShape
-from sidp_runtime.planner.gpus import GpuProfile
+from sidp_runtime.planner.gpus import GpuProfile, bundled_gpus
 from sidp_runtime.planner.step_time import CAS_WAIT_S, StepLoad, StepTimes, Streamed, step_times
 
 _LINE = re.compile(
@@ -26,7 +27,7 @@ _LINE = re.compile(
     r"Running: (\d+) reqs, Waiting: \d+ reqs, GPU KV cache usage: ([\d.]+)%"
 )
 _FOLDER = re.compile(r"(?P<system>\w+)-\d+(?:-(?P<resident>\d+))?")
-_GPU = "H200"  # whose measured profile is bundled
+_ALIKE = ("commit", "dirty", "shape", "machine", "versions")
 
 
 def read_log(lines: Iterable[str], kv_tokens: int) -> Iterator[tuple[int, int, float]]:
@@ -43,12 +44,12 @@ def read_log(lines: Iterable[str], kv_tokens: int) -> Iterator[tuple[int, int, f
 
 
 def read_run(run: Mapping[str, Any], logs: Path) -> list[dict[str, Any]]:
-    """Of each start of SiDP and plain DP and each number of sequences: ``kv_tokens`` and ``ms`` of both engines' lines.
+    """Of each start of SiDP and plain DP and each number of sequences: ``kv_tokens`` and ``ms`` of all engines' lines.
 
-    ``rows``: the sequences, padded to a captured size.
+    ``rows``: the sequences, padded to a captured size. Steps of more rows than a request holds were in WaS.
     """
-    settings = run["cases"]["e2e_vllm"]
-    sizes = settings["engine"]["compilation_config"]["cudagraph_capture_sizes"]
+    case = run["cases"]["e2e_vllm"]
+    sizes, pool = case["engine"]["compilation_config"]["cudagraph_capture_sizes"], case["sidp"]
     engines = {
         (figure["subject"], figure["parameters"].get("resident")): int(figure["median"])
         for figure in run["figures"]
@@ -63,10 +64,12 @@ def read_run(run: Mapping[str, Any], logs: Path) -> list[dict[str, Any]]:
             continue
         num_kv_tokens = engines[system, resident]
         if system == "sidp" and resident is None:  # as given, not picked by the planner
-            resident = len(settings["sidp"].get("resident_layers", []))
+            resident = len(pool.get("resident_layers", []))
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         for sequences, kv_tokens, ms in read_log(lines, num_kv_tokens):
             rows = min((size for size in sizes if size >= sequences), default=sequences)
+            if system == "sidp" and rows > pool.get("max_rows", 256):
+                continue
             new = {"system": system, "resident": resident, "sequences": sequences, "rows": rows}
             step = steps.setdefault((system, resident, sequences), {**new, "kv_tokens": [], "ms": []})
             step["kv_tokens"].append(kv_tokens)
@@ -74,45 +77,76 @@ def read_run(run: Mapping[str, Any], logs: Path) -> list[dict[str, Any]]:
     return list(steps.values())
 
 
-def planned(shape: ModelShape, step: Mapping[str, Any], kv_tokens: int) -> tuple[StepTimes, int]:
-    """The planner's times of such a step of two replicas, and the layers that a replica asks its peer for."""
-    remote = 0 if step["resident"] is None else (shape.num_layers - step["resident"]) // 2
+def planned(
+    shape: ModelShape, gpu: GpuProfile, replicas: int, step: Mapping[str, Any], kv_tokens: int
+) -> tuple[StepTimes, int]:
+    """The planner's times of such a step, and the layers that a replica asks its peers for."""
+    remote = 0 if step["resident"] is None else (shape.num_layers - step["resident"]) * (replicas - 1) // replicas
     load = StepLoad(step["rows"], kv_tokens / step["rows"])
     streamed = Streamed(remote, remote * shape.linear_bytes // shape.num_layers)
-    return step_times(GpuProfile.read(_GPU), shape, load, streamed, 2), remote
+    return step_times(gpu, shape, load, streamed, replicas), remote
 
 
-def table(shape: ModelShape, steps: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def table(shape: ModelShape, document: Mapping[str, Any]) -> Iterator[str]:
     """As Markdown, medians of lines."""
-    yield "| resident | sequences | rows | KV tokens | plain DP planned, ms | measured | planned | off | without wait |"
+    yield "| resident | sequences | rows | KV tokens | DP planned, ms | measured | planned | off | without t_wait |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for step in steps:
+    gpu = GpuProfile.read(document["gpu"])
+    for step in document["steps"]:
         kv_tokens, ms = round(median(step["kv_tokens"])), median(step["ms"])
-        times, remote = planned(shape, step, kv_tokens)
+        times, remote = planned(shape, gpu, document["replicas"], step, kv_tokens)
         expected = times.cas_s if remote else times.local_s
-        short = f"{(expected - remote * CAS_WAIT_S) / ms * 1e3 - 1:+.1%}" if remote else ""
+        short = _off(expected - remote * CAS_WAIT_S, ms) if remote else "-"
         cells: list[object] = ["plain DP" if step["resident"] is None else step["resident"], step["sequences"]]
         cells += [step["rows"], kv_tokens, f"{times.local_s * 1e3:.1f}", f"{ms:.1f}", f"{expected * 1e3:.1f}"]
-        yield f"| {' | '.join(map(str, cells))} | {expected / ms * 1e3 - 1:+.1%} | {short} |"
+        yield f"| {' | '.join(map(str, cells))} | {_off(expected, ms)} | {short} |"
+
+
+def _off(expected_s: float, ms: float) -> str:
+    return f"{expected_s / ms * 1e5 - 100:+.1f} %"
+
+
+def collect(shape: ModelShape, runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
+    """The document, but for its command. ``ValueError`` says what of a run does not fit."""
+    first = runs[0][0]
+    found: dict[str, Any] = {"runs": [], "steps": []}
+    for run, logs in runs:
+        if different := [key for key in _ALIKE if run.get(key) != first.get(key)]:
+            raise ValueError(f"the runs differ in {', '.join(different)}")
+        if run["shape"] != (name := shape.name.rpartition("/")[2].lower()):
+            raise ValueError(f"a run is of {run['shape']}, and the model is {name}")
+        case = run["cases"]["e2e_vllm"]
+        if case["sidp"].get("mode", "auto") == "was":
+            raise ValueError("a run is in mode was; its steps are not planned here")
+        if not (steps := read_run(run, logs)):
+            raise ValueError(f"no line of the logs in {logs} is of decoding alone: wrong folder, or too short a run")
+        found["runs"].append({key: run[key] for key in ("command", "time", "settings")})
+        found["steps"] += steps
+        found["replicas"] = case["world_size"]
+    names = {word for gpu in first["machine"]["gpus"] for word in gpu.split()}
+    if (gpu := next((known for known in bundled_gpus() if known in names), None)) is None:
+        raise ValueError(f"no profile of {', '.join(first['machine']['gpus']) or 'a machine without GPUs'} is bundled")
+    return {**{key: first.get(key) for key in _ALIKE}, "gpu": gpu, **found}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs=2, action="append", required=True, type=Path, metavar=("RUN.json", "LOGS"))
     parser.add_argument("--model", required=True, help="as of sidp plan")
+    parser.add_argument("--run", nargs=2, action="append", required=True, type=Path, metavar=("RUN.json", "LOGS"))
     parser.add_argument("--json", required=True, type=Path)
     options = parser.parse_args(arguments)
-    runs = [(json.loads(run.read_text(encoding="utf-8")), logs) for run, logs in options.run]
-    steps = [step for run, logs in runs for step in read_run(run, logs)]
-    first = runs[0][0]
-    if any(run[key] != first[key] for run, _ in runs for key in ("commit", "shape", "versions")):
-        parser.error("runs of one commit, model and set of versions go into one file")
+    if len({run.resolve() for run, _ in options.run}) < len(options.run):
+        parser.error("a run is given twice")
+    try:
+        shape = ModelShape.read(options.model)
+        found = collect(shape, [(json.loads(run.read_text(encoding="utf-8")), logs) for run, logs in options.run])
+    except KeyError as error:
+        parser.error(f"not a result of bench.e2e_vllm with captured sizes: it has no {error}")
+    except (SidpError, OSError, ValueError) as error:
+        parser.error(str(error))
     command = " ".join(["python -m bench.decode_steps", *(sys.argv[1:] if arguments is None else arguments)])
-    document = {"command": command, "commands": [run["command"] for run, _ in runs]} | {
-        key: first[key] for key in ("time", "shape", "commit", "dirty", "machine", "versions", "settings")
-    }
-    options.json.write_text(json.dumps({**document, "steps": steps}, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(ModelShape.read(options.model), steps)))
+    options.json.write_text(json.dumps({"command": command, **found}, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(shape, found)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predicted time of a step: the mode policy's own formulas (``include/sidp/mode_policy.hpp``), with attention and head.
+"""Predicted time of a step: the mode policy's formulas (``include/sidp/mode_policy.hpp``), attention, head and waits.
 
 ``docs/model.md`` derives them and says what they leave out.
 """
@@ -13,8 +13,8 @@ from .model_shape import ModelShape
 
 #: ``remote_compute`` calls a layer: qkv, output projection, MLP.
 OPS_PER_LAYER = 3
-#: Seconds that a remote layer costs in CaS besides round trips and rows, as attention lies between its ops: the median
-#: of decode steps of vLLM on two H200, which took 45 to 136 us (``docs/model.md``).
+#: Seconds that a remote layer costs in CaS besides round trips and rows. Fitted to decode steps of vLLM on two H200, all
+#: of which are within 5 % with it, and 3 to 8 % short without (``docs/model.md``).
 CAS_WAIT_S = 75e-6
 
 

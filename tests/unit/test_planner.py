@@ -51,9 +51,11 @@ def test_between_measured_rows_the_curve_is_good_to_a_seventh() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(bundled_gpus()), st.integers(1, 8192), st.integers(2, 16), st.integers(1, 63))
-def test_plan_and_policy_pick_the_same_mode(gpu: str, rows: int, replicas: int, count: int) -> None:
-    """What the policy decides of a pool of these layers is what the plan says is faster, but for attention, which the
-    policy does not know, nor what CaS waits for as it lies between ops, and the head."""
+def test_plan_and_policy_agree_but_for_what_the_policy_does_not_know(
+    gpu: str, rows: int, replicas: int, count: int
+) -> None:
+    """What the policy decides of a pool of these layers is what the plan says is faster without attention and head, and
+    without what CaS waits for."""
     profile, part = GpuProfile.read(gpu), Streamed(count, count * 975_175_680)
     core = _C.StepShape(
         total_bytes=QWEN.linear_bytes,
@@ -141,7 +143,8 @@ def test_with_two_replicas_each_residency_is_in_its_faster_mode(prompt: int, out
 
     both = plan(512)
     assert (both.cas, both.sidp.mode, both.best.mode) == (None, mode, "CAS")
-    assert any("SiDP is planned in CaS: no step has more than 512 rows" in warning for warning in both.warnings)
+    words = "no step has more than 512 rows, prompts in chunks. Its 75 us a remote layer"
+    assert any(words in warning for warning in both.warnings)
     assert not any("CaS" in warning for warning in plan(0).warnings)
     planner = Planner(QWEN, H200, 2)
     for k, scheme in enumerate(both.residency):
@@ -252,6 +255,18 @@ def test_a_workload_is_read_strictly(text: str) -> None:
 def test_a_planner_needs_two_replicas() -> None:
     with pytest.raises(ConfigError, match="2 or more"):
         Planner(QWEN, H200, 1)
+
+
+def test_the_plan_in_the_readme_is_this_one() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = text[text.index("8 devices together, predicted") :].partition("```")[0].splitlines()
+    plan = Planner(QWEN, H200, 8).plan(Workload(512, 2048))
+    table = display._speed(plan)
+    rows = [" ".join(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]  # type: ignore[arg-type]
+    words = [" ".join(row.split()) for row in rows if not row.startswith("TP4")]  # left out, as are three warnings
+    assert [" ".join(line.split()) for line in shown[2:8]] == words
+    said = [*display._findings(plan)[:2], *(f"warning: {warning}" for warning in plan.warnings)]
+    assert "\n".join(shown[8:]).replace("\n", " ").strip() == " ".join([*said[:4], said[-1]])
 
 
 COMMAND = ["plan", "--model", "Qwen/Qwen3-32B", "--gpu", "h200", "--replicas", "8", "--workload", "in=2048,out=512"]
