@@ -90,7 +90,7 @@ def test_each_engine_reads_and_holds_its_share(pair: Pair) -> None:
         resident = load["checkpoint_bytes"] - memory["pooled_bytes"]
         assert memory["owned_bytes"] * 2 == memory["pooled_bytes"]
         assert load["bytes_read"] == memory["owned_bytes"] + resident  # what every rank keeps is read by all
-        assert set(load["setup_seconds"]) == {"group", "model", "pool", "runtime"}
+        assert set(load["setup_seconds"]) == {"group", "model", "pool", "profile", "runtime"}
         assert memory["ring_bytes"] == 2 * memory["pooled_bytes"] // LAYERS
         assert memory["own_pool_rss"] <= memory["owned_bytes"]
         assert "sidp: rank" in engine.output()

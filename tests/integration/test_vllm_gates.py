@@ -214,14 +214,16 @@ def test_an_engine_with_cas_and_graphs_on_gpus_is_taken(monkeypatch: pytest.Monk
 
 
 def test_the_compile_cache_tells_graphs_apart_whatever_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def key(pool: dict[str, Any], version: int = settings.OPS_VERSION) -> str:
+    def key(pool: dict[str, Any], version: int = settings.OPS_VERSION, **others: Any) -> str:
         monkeypatch.setattr(settings, "OPS_VERSION", version)
-        given = vllm.config.VllmConfig(additional_config={"sidp": pool})
+        given = vllm.config.VllmConfig(additional_config={"sidp": pool, **others})
         settings.key_graphs(given, settings.PoolSettings(**pool))
         return str(given.compute_hash())
 
-    assert key({}) == key({})
-    assert len({key({}), key({"mode": "was"}), key({}, version=99)}) == 3
+    plain = str(vllm.config.VllmConfig().compute_hash())
+    assert len({plain, key({}), key({"mode": "was"}), key({}, version=99), key({}, other_plugin=1)}) == 5
+    for pool in ({"mode": "cas"}, {"resident_layers": [1, 3]}, {"max_rows": 64, "ring_slots": 3, "world_size": 4}):
+        assert key(pool) == key({}), "shapes no graph"
     monkeypatch.setattr(settings, "PoolSettings", functools.partial(settings.PoolSettings, mode="was"))
     shapes = key({})  # as if another version had another default
     monkeypatch.undo()

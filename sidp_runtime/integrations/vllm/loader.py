@@ -100,7 +100,12 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             taken.mark("model")
             with torch.no_grad():
                 captured = compat.captured_rows(vllm_config)
-                runtime = _make_runtime(pool, chosen, offloader.blocks, model_config.dtype, captured, owners_engines)
+                # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
+                policy = ModePolicy.calibrated_in_turns(pool)
+                taken.mark("profile")
+                runtime = _make_runtime(
+                    pool, policy, chosen, offloader.blocks, model_config.dtype, captured, owners_engines
+                )
             if on_gpu:
                 group.barrier("vllm/made")  # so that the peers' share of this GPU is counted
             taken.mark("runtime")
@@ -162,6 +167,7 @@ def row_buckets(max_rows: int, captured: Sequence[int]) -> list[int]:
 
 def _make_runtime(
     pool: WeightPool,
+    policy: ModePolicy,
     chosen: settings.Settings,
     blocks: Sequence[nn.Module],
     dtype: torch.dtype,
@@ -172,8 +178,7 @@ def _make_runtime(
     max_rows = chosen.pool.max_rows if wanted else 0
     return Runtime(
         pool,
-        # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
-        policy=ModePolicy.calibrated_in_turns(pool),
+        policy=policy,
         ops=_ops(pool, blocks, dtype) if wanted else (),
         max_rows=max_rows,
         row_buckets=row_buckets(max_rows, captured) if wanted and captured else None,

@@ -1,8 +1,8 @@
 """What an engine is told: ``additional_config["sidp"]``, equal on all ranks, and ``model_loader_extra_config``.
 
 vLLM keys its compile cache by ``additional_config`` but not by the load format: without the entry an engine with a pool
-would load graphs that were compiled without one. So what shapes the graph stands there, and what differs from rank to
-rank, and must not split the cache, in the loader's extra configuration.
+would load graphs that were compiled without one. What differs from rank to rank is in the loader's extra configuration,
+and where vLLM compiles nothing is left there but what shapes the graphs: ``key_graphs``.
 """
 
 from __future__ import annotations
@@ -112,12 +112,14 @@ def read(vllm_config: Any) -> Settings:
 
 
 def key_graphs(vllm_config: Any, pool: PoolSettings) -> None:
-    """Puts what shapes the graphs into what vLLM keys its compile cache by, before it compiles.
+    """In what vLLM keys its compile cache by, has what shapes the graphs stand for the pool's settings.
 
-    What was left to defaults or the environment does not stand there, nor which operators this version calls.
+    Before vLLM compiles, and once the settings were read. Which layers are resident, say, shapes no graph: an engine
+    that keeps others finds what was compiled. Which operators this version calls, or a default, does.
     """
     shape = {"ops_version": OPS_VERSION, "computes": pool.mode != "was"}
-    vllm_config.additional_config = {**vllm_config.additional_config, "sidp_graph": shape}
+    others = {name: value for name, value in vllm_config.additional_config.items() if name != "sidp"}
+    vllm_config.additional_config = {**others, "sidp_graph": shape}
 
 
 def _rendezvous(pool: PoolSettings, own: RankSettings, rank: int | None) -> environment.Rendezvous:
