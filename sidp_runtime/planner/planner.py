@@ -301,8 +301,8 @@ class Planner:
         if best.mode == _C.Mode.CAS.name:
             found.append(
                 f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. Its "
-                f"{step_time.CAS_WAIT_S * 1e6:.0f} us a remote layer, besides round trips and rows, are fitted to vLLM on "
-                "two H200, and elsewhere a guess"
+                f"{step_time.CAS_WAIT_S * 1e6:.0f} us a remote layer, besides round trips and rows, are fitted to vLLM "
+                "on two H200, and elsewhere a guess"
             )
         if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
             found.append(

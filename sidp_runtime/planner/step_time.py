@@ -13,8 +13,8 @@ from .model_shape import ModelShape
 
 #: ``remote_compute`` calls a layer: qkv, output projection, MLP.
 OPS_PER_LAYER = 3
-#: Seconds that a remote layer costs in CaS besides round trips and rows. Fitted to decode steps of vLLM on two H200, all
-#: of which are within 5 % with it, and 3 to 8 % short without (``docs/model.md``).
+#: Seconds that a remote layer costs in CaS besides round trips and rows. Fitted to decode steps of vLLM on two H200,
+#: which are all within 5 % with it, and 3 to 8 % short without (``docs/model.md``).
 CAS_WAIT_S = 75e-6
 
 
