@@ -18,9 +18,9 @@ from statistics import median
 from typing import Any
 
 from sidp_runtime.errors import SidpError
-from sidp_runtime.planner import ModelShape
-from sidp_runtime.planner.gpus import GpuProfile, bundled_gpus
-from sidp_runtime.planner.step_time import CAS_WAIT_S, StepLoad, StepTimes, Streamed, step_times
+from sidp_runtime.integrations.vllm.settings import PoolSettings
+from sidp_runtime.planner import GpuProfile, MemorySettings, ModelShape, StepLoad, Streamed, memory
+from sidp_runtime.planner.step_time import CAS_WAIT_S, StepTimes, step_times
 
 _LINE = re.compile(
     r"Avg prompt throughput: ([\d.]+) tokens/s, Avg generation throughput: ([\d.]+) tokens/s, "
@@ -49,7 +49,7 @@ def read_run(run: Mapping[str, Any], logs: Path) -> list[dict[str, Any]]:
     ``rows``: the sequences, padded to a captured size. Steps of more rows than a request holds were in WaS.
     """
     case = run["cases"]["e2e_vllm"]
-    sizes, pool = case["engine"]["compilation_config"]["cudagraph_capture_sizes"], case["sidp"]
+    sizes, pool = case["engine"]["compilation_config"]["cudagraph_capture_sizes"], PoolSettings(**case["sidp"])
     engines = {
         (figure["subject"], figure["parameters"].get("resident")): int(figure["median"])
         for figure in run["figures"]
@@ -64,11 +64,11 @@ def read_run(run: Mapping[str, Any], logs: Path) -> list[dict[str, Any]]:
             continue
         num_kv_tokens = engines[system, resident]
         if system == "sidp" and resident is None:  # as given, not picked by the planner
-            resident = len(pool.get("resident_layers", []))
+            resident = len(pool.resident_layers)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         for sequences, kv_tokens, ms in read_log(lines, num_kv_tokens):
             rows = min((size for size in sizes if size >= sequences), default=sequences)
-            if system == "sidp" and rows > pool.get("max_rows", 256):
+            if system == "sidp" and rows > pool.max_rows:
                 continue
             new = {"system": system, "resident": resident, "sequences": sequences, "rows": rows}
             step = steps.setdefault((system, resident, sequences), {**new, "kv_tokens": [], "ms": []})
@@ -81,10 +81,11 @@ def planned(
     shape: ModelShape, gpu: GpuProfile, replicas: int, step: Mapping[str, Any], kv_tokens: int
 ) -> tuple[StepTimes, int]:
     """The planner's times of such a step, and the layers that a replica asks its peers for."""
-    remote = 0 if step["resident"] is None else (shape.num_layers - step["resident"]) * (replicas - 1) // replicas
+    streamed = Streamed(0, 0)  # plain DP
+    if step["resident"] is not None:
+        streamed = memory.streamed(memory.place(shape, replicas, step["resident"], MemorySettings()))
     load = StepLoad(step["rows"], kv_tokens / step["rows"])
-    streamed = Streamed(remote, remote * shape.linear_bytes // shape.num_layers)
-    return step_times(gpu, shape, load, streamed, replicas), remote
+    return step_times(gpu, shape, load, streamed, replicas), streamed.num_layers
 
 
 def table(shape: ModelShape, document: Mapping[str, Any]) -> Iterator[str]:
@@ -116,17 +117,17 @@ def collect(shape: ModelShape, runs: Sequence[tuple[Mapping[str, Any], Path]]) -
         if run["shape"] != (name := shape.name.rpartition("/")[2].lower()):
             raise ValueError(f"a run is of {run['shape']}, and the model is {name}")
         case = run["cases"]["e2e_vllm"]
-        if case["sidp"].get("mode", "auto") == "was":
+        if PoolSettings(**case["sidp"]).mode == "was":
             raise ValueError("a run is in mode was; its steps are not planned here")
         if not (steps := read_run(run, logs)):
             raise ValueError(f"no line of the logs in {logs} is of decoding alone: wrong folder, or too short a run")
         found["runs"].append({key: run[key] for key in ("command", "time", "settings")})
         found["steps"] += steps
         found["replicas"] = case["world_size"]
-    names = {word for gpu in first["machine"]["gpus"] for word in gpu.split()}
-    if (gpu := next((known for known in bundled_gpus() if known in names), None)) is None:
-        raise ValueError(f"no profile of {', '.join(first['machine']['gpus']) or 'a machine without GPUs'} is bundled")
-    return {**{key: first.get(key) for key in _ALIKE}, "gpu": gpu, **found}
+    name = next(iter(first["machine"]["gpus"]), "a machine without GPUs")
+    if (gpu := GpuProfile.of_device(name)) is None:
+        raise ValueError(f"no profile of {name} is bundled")
+    return {**{key: first.get(key) for key in _ALIKE}, "gpu": gpu.name, **found}
 
 
 def main(arguments: list[str] | None = None) -> None:

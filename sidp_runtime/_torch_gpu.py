@@ -254,10 +254,10 @@ def _link_source(device: int, pool: WeightPool | None) -> torch.Tensor | None:
 
 def bundled_rates(device: int) -> MachineProfile | None:
     """Those of the bundled profile of this GPU, by its name; None if none is."""
-    from .planner.gpus import GpuProfile, bundled_gpus
+    from .planner.gpus import GpuProfile
 
-    words = torch.cuda.get_device_name(device).split()
-    return next((GpuProfile.read(known).rates for known in bundled_gpus() if known in words), None)
+    profile = GpuProfile.of_device(torch.cuda.get_device_name(device))
+    return None if profile is None else profile.rates
 
 
 def _bundled_link(device: int) -> float:

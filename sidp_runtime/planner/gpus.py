@@ -53,6 +53,12 @@ class GpuProfile:
         return cls.from_facts(path.stem, facts)
 
     @classmethod
+    def of_device(cls, name: str) -> GpuProfile | None:
+        """The bundled profile of a GPU by what the driver calls it, e.g. "NVIDIA H200"; None if none is."""
+        words = name.split()
+        return next((cls.read(known) for known in bundled_gpus() if known in words), None)
+
+    @classmethod
     def from_facts(cls, name: str, facts: Mapping[str, Any]) -> GpuProfile:
         """From an entry of ``gpu_profiles.json``; ``ConfigError`` names what is missing or not above 0."""
         try:
