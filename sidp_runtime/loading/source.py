@@ -123,7 +123,7 @@ class CheckpointSource:
             )
         view = view.cast("B")
         if stored_dtype(entry) == spec.dtype and not entry.transform:
-            self._read_exact(entry, 0, view)
+            self.read_stored(entry, 0, view)
         else:
             try:
                 self._read_converted(entry, view, spec)
@@ -133,8 +133,13 @@ class CheckpointSource:
                 ) from None
         return entry.num_bytes
 
-    def _read_exact(self, entry: TensorEntry, start: int, view: memoryview) -> None:
-        """Fill ``view`` from byte ``start`` of the entry."""
+    def read_stored(self, entry: TensorEntry, start: int, view: memoryview) -> None:
+        """Fill ``view``, writable bytes, with those of ``entry`` as stored from its byte ``start`` on.
+
+        Raises ``CheckpointError`` (file gone, changed or cut short) or ``ClosedError``.
+        """
+        if self._closed:
+            raise ClosedError(f"read of {entry.name!r} from a closed source of {self.checkpoint.root}")
         with self._lock:
             descriptor = self._descriptor(entry)
         done = 0
@@ -167,7 +172,7 @@ class CheckpointSource:
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
             piece = stage[: end - begin]
-            self._read_exact(entry, begin * row_bytes, piece.data.cast("B"))
+            self.read_stored(entry, begin * row_bytes, piece.data.cast("B"))
             values = _dequantize(entry, piece) if stored is None else piece.view(_FLOATS[stored])
             result = convert_float(values, stored or "float32", spec.dtype)
             if order is None:

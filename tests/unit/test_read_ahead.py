@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,14 +44,14 @@ def entries_of(checkpoint: Checkpoint) -> list[TensorEntry]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors whose reads have begun."""
     begun: list[str] = []
-    plain = CheckpointSource.read_into
+    plain = CheckpointSource.read_stored
 
-    def read_into(source: CheckpointSource, name: str, *rest: object) -> int:
-        begun.append(name)
+    def read_stored(source: CheckpointSource, entry: TensorEntry, *rest: object) -> None:
+        begun.append(entry.name)
         time.sleep(0.02)
-        return plain(source, name, *rest)  # type: ignore[arg-type]
+        plain(source, entry, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CheckpointSource, "read_into", read_into)
+    monkeypatch.setattr(CheckpointSource, "read_stored", read_stored)
     return begun
 
 
@@ -86,17 +88,45 @@ def test_as_many_are_read_ahead_as_the_limit_holds(checkpoint: Checkpoint, reads
         assert len(list(source.tensors(asked))) == COUNT
 
 
-def test_reads_go_beside_each_other(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_read_tensors_and_pieces_of_one_beside_each_other(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     all_in = threading.Barrier(3, timeout=10)
-    plain = CheckpointSource.read_into
+    plain = CheckpointSource.read_stored
 
-    def read_into(source: CheckpointSource, name: str, *rest: object) -> int:
+    def read_stored(source: CheckpointSource, *rest: object) -> None:
         all_in.wait()  # breaks unless three are here at once
-        return plain(source, name, *rest)  # type: ignore[arg-type]
+        plain(source, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CheckpointSource, "read_into", read_into)
+    monkeypatch.setattr(CheckpointSource, "read_stored", read_stored)
     with ReadAhead(checkpoint, readers=3) as source:
         assert len(list(source.tensors(entries_of(checkpoint)))) == COUNT
+    with ReadAhead(checkpoint, readers=3, piece_bytes=-(-NUM_BYTES // 3), limit_bytes=1) as source:
+        assert len(list(source.tensors(entries_of(checkpoint)))) == COUNT
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, NUM_BYTES - 1, NUM_BYTES])
+def test_pieces_come_together(checkpoint: Checkpoint, values: dict[str, torch.Tensor], piece_bytes: int) -> None:
+    entry = checkpoint.entry("t03")
+    given: list[np.ndarray[Any, Any]] = []
+
+    def allocate(num_bytes: int) -> np.ndarray[Any, Any]:
+        given.append(np.full(num_bytes, 255, np.uint8))
+        return given[-1]
+
+    with ReadAhead(checkpoint, piece_bytes=piece_bytes, allocate=allocate) as source:
+        ((_, stored),) = source.tensors([entry])
+        assert source.bytes_read == NUM_BYTES
+    assert stored is given[0]
+    assert torch.equal(torch.from_numpy(stored).view(torch.float32).view(entry.shape), values["t03"])
+
+
+def test_memory_that_cannot_be_had_is_an_error_at_its_tensor(checkpoint: Checkpoint) -> None:
+    def allocate(num_bytes: int) -> np.ndarray[Any, Any]:
+        raise MemoryError(f"{num_bytes} bytes")
+
+    with ReadAhead(checkpoint, allocate=allocate) as source, pytest.raises(MemoryError, match=f"{NUM_BYTES} bytes"):
+        next(source.tensors(entries_of(checkpoint)))
 
 
 def test_threads_share_the_open_files_and_count_every_byte(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,18 +57,27 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
                 f"{type(model).__name__} does not build its decoder layers with vLLM's make_layers, so none was pooled"
             )
         compat.keep_weights_plain(model)
-        dummy = chosen.pool.weights == "dummy"
         source: weights.Weights = (
             weights.MadeUpWeights()
-            if dummy
-            else weights.StoredWeights(model, model_config.model, len(offloader.blocks))
+            if chosen.pool.weights == "dummy"
+            else weights.StoredWeights(
+                model, model_config.model, len(offloader.blocks), page_locked=chosen.pool.backend != "host"
+            )
         )
         rest = dict(model.named_parameters())
         for name in compat.optional_parameters(model):
             rest.pop(name, None)
         by_layer = [{name: rest.pop(name) for name in names} for names in offloader.names_in(model)]
-        offloader.fill(self._make_pool, lambda layer: source.fill(layer, by_layer[layer]))
-        source.fill(None, rest)
+
+        def make_pool(layers: Sequence[LayerSpec]) -> WeightPool:
+            pool = wanted(layers)
+            source.expect([layer for layer in range(len(layers)) if pool.is_local(layer)])
+            return pool
+
+        wanted = self._make_pool
+        with contextlib.closing(source):
+            offloader.fill(make_pool, lambda layer: source.fill(layer, by_layer[layer]))
+            source.fill(None, rest)
         report, stored = source.report()
         self._load = {**vars(report), "checkpoint_bytes": stored}
 
