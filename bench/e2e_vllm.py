@@ -159,11 +159,8 @@ def numbers(workload: str) -> list[int]:
 
 
 def plan(workload: str, options: argparse.Namespace) -> Plan:
-    """The planner's, for these engines and an endless queue of such requests."""
-    length, out, _, *long = numbers(workload)
-    if long:
-        out = round((1 - LONG_SHARE) * out + LONG_SHARE * long[0])
-    given = {
+    """The planner's, for these engines and prompts."""
+    given: dict[str, Any] = {
         name: options.engine[key]
         for key, name in (("max_num_batched_tokens", "step_tokens"), ("max_num_seqs", "max_sequences"))
         if options.engine.get(key) is not None
@@ -173,7 +170,17 @@ def plan(workload: str, options: argparse.Namespace) -> Plan:
     if (utilization := options.engine.get("gpu_memory_utilization")) is not None:
         memory = replace(memory, utilization=utilization)
     shape, gpu = ModelShape.read(options.model), GpuProfile.read(options.plan_for)
-    return Planner(shape, gpu, options.replicas, memory, **given).plan(Workload(length, out))
+    graphs = options.engine.get("compilation_config")
+    sizes = graphs.get("cudagraph_capture_sizes") or () if isinstance(graphs, dict) else ()
+    return Planner(shape, gpu, options.replicas, memory, row_sizes=tuple(sorted(sizes)), **given).plan(*job(workload))
+
+
+def job(workload: str) -> list[Workload]:
+    """Its prompts as the planner knows them, long ones apart."""
+    length, out, count, *long = numbers(workload)
+    num_long = round(LONG_SHARE * count) if long else 0
+    parts = [Workload(length, out, count - num_long)]
+    return [*parts, Workload(length, long[0], num_long)] if num_long else parts
 
 
 def starts(system: str, options: argparse.Namespace) -> dict[int | None, list[tuple[str, int]]]:

@@ -221,7 +221,13 @@ def plan(
         str, typer.Option(help="Model directory, its config.json, or a bundled name (a wrong one lists them).")
     ],
     replicas: Annotated[int, typer.Option(help="GPUs, with a replica each.")],
-    workload: Annotated[str, typer.Option(help="Tokens of a request, e.g. in=2048,out=512.")],
+    workload: Annotated[
+        list[str],
+        typer.Option(
+            help="Tokens of a request, in=2048,out=512: an endless queue; in=2048,out=512,prompts=400: a job that "
+            "ends. Several: a job of all."
+        ),
+    ],
     gpu: Annotated[str, typer.Option(help="H200, H100, H20, B200, or a JSON file with a profile.")] = "H200",
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float16. Default: the config's.")] = None,  # noqa: UP045
     utilization: Annotated[float, typer.Option(help="Share of the device's memory to use.")] = 0.90,
@@ -244,7 +250,7 @@ def plan(
             model=model,
             gpu=gpu,
             replicas=replicas,
-            workload=workload,
+            workloads=workload,
             dtype=dtype,
             utilization=utilization,
             workspace_gib=workspace_gib,

@@ -78,7 +78,8 @@ StepTimes predict_step(double rows, const MachineProfile& profile, const StepSha
   const auto streamed_bytes = static_cast<double>(shape.streamed_bytes);
   const double layers = shape.streamed_layers;
   StepTimes times;
-  times.local_s = products_s(static_cast<double>(shape.total_bytes), rows, profile, shape.element_bytes) + other_s;
+  const double layers_s = products_s(static_cast<double>(shape.total_bytes), rows, profile, shape.element_bytes);
+  times.local_s = layers_s + other_s;
   times.copy_s = streamed_bytes / profile.copy_bytes_per_s + layers * profile.copy_latency_us * 1e-6;
   times.work_s = times.local_s + streamed_bytes / profile.memory_bytes_per_s;
   times.was_floor_s = std::max(times.work_s, times.copy_s);
@@ -87,6 +88,11 @@ StepTimes predict_step(double rows, const MachineProfile& profile, const StepSha
   const double request_rate = profile.request_bytes_per_s > 0 ? profile.request_bytes_per_s : profile.copy_bytes_per_s;
   times.cas_s = times.local_s + layers * (shape.ops_per_layer * profile.round_trip_us * 1e-6 +
                                           rows * static_cast<double>(shape.row_bytes) / request_rate);
+  if (shape.total_bytes > 0 && shape.world_size > 1) {
+    const double remote = streamed_bytes / static_cast<double>(shape.total_bytes);
+    const double resident = std::max(0.0, 1 - remote * shape.world_size / (shape.world_size - 1.0));
+    times.cas_s += kResidentWait * resident * resident * remote * layers_s;
+  }
   return times;
 }
 

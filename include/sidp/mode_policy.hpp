@@ -54,8 +54,14 @@ struct StepTimes {
   double work_s = 0;       // local, beside a stream that is written to the same memory
   double was_floor_s = 0;  // WaS if nobody else used the link
   double was_s = 0;
-  double cas_s = 0;  // the replicas follow each other through the owners
+  double cas_s = 0;  // the replicas follow each other through the owners, the better the fewer layers are resident
 };
+
+// In CaS an owner that computes a resident layer shares its GPU with what is asked of it, and the asker's has nothing
+// to do; and the more layers are resident, the less do replicas fall into step. A remote layer then waits for this
+// share of its products, times the square of the resident layers' share. Fitted to decode steps of vLLM
+// (docs/model.md).
+inline constexpr double kResidentWait = 1.5;
 
 // other_s: work of the step besides the pool's products (attention, head); 0 where nobody knows.
 StepTimes predict_step(double rows, const MachineProfile& profile, const StepShape& shape, double other_s = 0);

@@ -9,8 +9,9 @@ from ..machine_profile import LinearTimes
 from .gpus import GpuProfile, bundled_gpus
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape, bundled_models
-from .planner import Plan, Planner, Scheme, Thresholds, Workload
+from .planner import Plan, Planner, Scheme, Thresholds
 from .step_time import StepLoad, StepTimes, Streamed
+from .workload import Workload
 
 __all__ = [
     "DeviceMemory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from .display import render
 from .gpus import GpuProfile
 from .memory import MemorySettings
 from .model_shape import ModelShape
-from .planner import Planner, Workload
+from .planner import Planner
+from .workload import Workload
 
 
 def run(
@@ -20,7 +22,7 @@ def run(
     model: str,
     gpu: str,
     replicas: int,
-    workload: str,
+    workloads: Sequence[str],
     dtype: str | None,
     utilization: float,
     workspace_gib: float,
@@ -40,7 +42,7 @@ def run(
     planner = Planner(
         ModelShape.read(model, dtype), GpuProfile.read(gpu), replicas, settings, step_tokens, max_sequences
     )
-    plan = planner.plan(Workload.parse(workload))
+    plan = planner.plan(*map(Workload.parse, workloads))
     if plot is not None:
         from .plot import write
 

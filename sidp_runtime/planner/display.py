@@ -16,7 +16,7 @@ def render(plan: Plan, console: Console) -> None:
     console.print(
         f"[bold]{escape(shape.name)}[/] ({shape.num_params / 1e9:.2f} B parameters, {shape.dtype}) on "
         f"{plan.replicas} x {escape(gpu.name)} ({gpu.origin}), "
-        f"{work.prompt_tokens} tokens in and {work.output_tokens} out",
+        f"{work.prompt_tokens} tokens in and {work.output_tokens} out{_prompts(work.prompts)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -26,6 +26,10 @@ def render(plan: Plan, console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True)
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _prompts(count: int | None) -> str:
+    return "" if count is None else f", a job of {count} prompts (steps: of an endless queue)"
 
 
 def _memory(plan: Plan) -> Table:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from .. import _C
@@ -12,46 +12,16 @@ from ..errors import CapacityError, ConfigError
 from ..placement import choose_resident_layers
 from . import memory, step_time
 from .gpus import GpuProfile
+from .job import Engine
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
 from .step_time import StepLoad, StepTimes, Streamed
+from .workload import Workload
 
 CAS_MEASURED_REPLICAS = 4  # with up to so many CaS may decide; with more it was not measured
 HIDDEN_WITHIN = 0.05  # a stream that lengthens the step by no more counts as hidden
 _LARGEST_STEP = 1 << 20  # tokens; a threshold beyond is none
 _LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests of ``prompt_tokens`` tokens in and ``output_tokens`` out. An endless queue of them: no tail."""
-
-    prompt_tokens: int
-    output_tokens: int
-
-    def __post_init__(self) -> None:
-        if self.prompt_tokens < 1 or self.output_tokens < 1:
-            raise ConfigError(
-                f"workload is {self.prompt_tokens} tokens in and {self.output_tokens} out; both must be at least 1"
-            )
-
-    @property
-    def context(self) -> int:
-        """Tokens of a finished sequence."""
-        return self.prompt_tokens + self.output_tokens
-
-    @classmethod
-    def parse(cls, text: str) -> Workload:
-        """From ``in=2048,out=512``."""
-        try:
-            parts = dict(part.split("=") for part in text.replace(" ", "").split(","))
-            if set(parts) != {"in", "out"}:
-                raise ValueError
-            return cls(int(parts["in"]), int(parts["out"]))
-        except ConfigError:
-            raise
-        except ValueError:
-            raise ConfigError(f"workload {text!r} is not of the form in=2048,out=512") from None
 
 
 @dataclass(frozen=True)
@@ -73,7 +43,8 @@ class Scheme:
     """One way to run ``replicas`` GPUs. ``step_s`` and what follows from it are None where nothing fits.
 
     ``devices_per_unit``: 1, or a TP group's. ``sequences``: run together by a unit; ``batch``: those in a step, less
-    when a step is bounded. ``times``: both modes (SiDP only). ``tokens_per_s``: output tokens of the whole group.
+    when a step is bounded. ``times``: both modes (SiDP only). These are of the steady mix of an endless queue, also
+    where a job is planned. ``tokens_per_s``: output tokens of the whole group, of a job over all of its time.
     """
 
     name: str
@@ -93,8 +64,9 @@ class Scheme:
 class Plan:
     """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the fastest.
 
-    With up to ``CAS_MEASURED_REPLICAS`` replicas each residency is in its faster mode, with more in WaS. ``cas``: the
-    fastest residency in CaS of more replicas, which was not measured and decides nothing; else None.
+    With up to ``CAS_MEASURED_REPLICAS`` replicas each residency is in its faster mode, in a job at each step, with more
+    in WaS. ``cas``: the fastest residency in CaS of more replicas, which was not measured and decides nothing; else
+    None. ``workload``: of a job of several parts the mean.
     """
 
     shape: ModelShape
@@ -140,7 +112,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """``step_tokens``: the most tokens of a step. ``max_sequences``: the most that a replica runs; None: no bound."""
+    """``step_tokens``: the most tokens of a step. ``max_sequences``: the most that a replica runs; None: no bound.
+
+    ``row_sizes``: what the engine pads the decode steps of a job to, ascending.
+    """
 
     shape: ModelShape
     gpu: GpuProfile
@@ -148,6 +123,7 @@ class Planner:
     settings: MemorySettings = field(default_factory=MemorySettings)
     step_tokens: int = 8192
     max_sequences: int | None = None
+    row_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.replicas < 2:
@@ -157,19 +133,24 @@ class Planner:
                 f"step_tokens {self.step_tokens} and max_sequences {self.max_sequences} must be at least 1"
             )
 
-    def plan(self, workload: Workload) -> Plan:
-        """``CapacityError`` with the bytes that lack when a sequence fits under no scheme."""
-        dp = self._whole(workload, 1)
+    def plan(self, workload: Workload, *more: Workload) -> Plan:
+        """One workload, or several that are worked off together, of which each has ``prompts``.
+
+        ``CapacityError`` with the bytes that lack when a sequence fits under no scheme.
+        """
+        job = (workload, *more)
+        workload = Workload.mean(job)
+        if workload.prompts is None:
+            job = ()
+        dp = self._whole(workload, job, 1)
         degrees = [1 << bit for bit in range(1, self.replicas.bit_length()) if self._splits(1 << bit)]
-        tp = [self._whole(workload, degree) for degree in degrees]
-        residents = range(self.shape.num_layers)
-        residency, cas = [self._sidp(workload, k) for k in residents], None
-        if self.settings.max_rows:
-            asking = [self._sidp(workload, k, cas=True) for k in residents]
-            if self.replicas <= CAS_MEASURED_REPLICAS:
-                residency = [_fastest([streaming, asked]) for streaming, asked in zip(residency, asking, strict=True)]
-            else:
-                cas = replace(found := _fastest(asking), name=f"{found.name} *")
+        tp = [self._whole(workload, job, degree) for degree in degrees]
+        with_cas, measured = bool(self.settings.max_rows), self.replicas <= CAS_MEASURED_REPLICAS
+        residency = self._residency(workload, job, with_cas and measured)
+        cas = None
+        if with_cas and not measured:
+            asking = self._residency(workload, job, True, was=False)
+            cas = replace(found := _fastest(asking), name=f"{found.name} *")
         best = _fastest(residency)
         if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
             self._raise_nothing_fits(workload, residency[0].device)
@@ -189,6 +170,14 @@ class Planner:
             kv_gain=_ratio(residency[0].group_kv_tokens, dp.group_kv_tokens),
             warnings=self._warnings(workload, dp, tp, best, cas),
         )
+
+    def _residency(self, workload: Workload, job: Sequence[Workload], cas: bool, *, was: bool = True) -> list[Scheme]:
+        """SiDP with 0, 1, ... resident layers, each in the fastest of the modes that it may have."""
+        counts = range(self.shape.num_layers)
+        if job:
+            return [self._sidp_job(workload, job, k, was=was, cas=cas) for k in counts]
+        modes = [mode for mode, wanted in ((False, was), (True, cas)) if wanted]
+        return [_fastest([self._sidp(workload, k, cas=mode) for mode in modes]) for k in counts]
 
     def thresholds(self, workload: Workload, num_resident: int) -> Thresholds:
         """Where the modes cross with ``num_resident`` resident layers."""
@@ -234,7 +223,7 @@ class Planner:
         batch = min(sequences, self.max_sequences or sequences, most / (1 + prompt_rows))
         return StepLoad(batch, self._mean_context(workload), batch * prompt_rows, workload.prompt_tokens)
 
-    def _whole(self, workload: Workload, degree: int) -> Scheme:
+    def _whole(self, workload: Workload, job: Sequence[Workload], degree: int) -> Scheme:
         device = memory.plain(self.shape, self.gpu.memory_bytes, workload.context, self.settings, degree)
         load = self._load(workload, device.sequences)
         seconds = step_time.tensor_parallel_s(self.gpu, self.shape, load, degree) if device.sequences else None
@@ -243,7 +232,12 @@ class Planner:
             if degree == 1
             else f"TP{degree}" + (f" x DP{self.replicas // degree}" * (degree < self.replicas))
         )
-        return self._scheme(name, "dp" if degree == 1 else "tp", None, degree, device, load, None, seconds, None)
+        scheme = self._scheme(name, "dp" if degree == 1 else "tp", None, degree, device, load, None, seconds, None)
+
+        def step(load: StepLoad) -> tuple[float, bool]:
+            return step_time.tensor_parallel_s(self.gpu, self.shape, load, degree), False
+
+        return self._of_job(scheme, job, step)[0] if job else scheme
 
     def _sidp(self, workload: Workload, num_resident: int, *, cas: bool = False) -> Scheme:
         placement = memory.place(self.shape, self.replicas, num_resident, self.settings)
@@ -256,6 +250,36 @@ class Planner:
         seconds = times.cas_s if cas else times.was_s
         mode = (_C.Mode.CAS if cas else _C.Mode.WAS).name
         return self._scheme(name, "sidp", num_resident, 1, device, load, mode, seconds, times)
+
+    def _sidp_job(
+        self, workload: Workload, job: Sequence[Workload], num_resident: int, *, was: bool = True, cas: bool
+    ) -> Scheme:
+        """Each step in its faster mode, or without ``was`` in CaS where it may be; named after the one that most of the
+        time is spent in."""
+        streamed = self._streamed(num_resident)
+
+        def step(load: StepLoad) -> tuple[float, bool]:
+            times = step_time.step_times(self.gpu, self.shape, load, streamed, self.replicas)
+            in_cas = cas and load.rows <= self.settings.max_rows and (not was or times.cas_s < times.was_s)
+            return (times.cas_s if in_cas else times.was_s), in_cas
+
+        scheme, mostly_cas = self._of_job(self._sidp(workload, num_resident), job, step)
+        if not mostly_cas:
+            return scheme
+        return replace(self._sidp(workload, num_resident, cas=True), tokens_per_s=scheme.tokens_per_s)
+
+    def _of_job(
+        self, scheme: Scheme, job: Sequence[Workload], step: Callable[[StepLoad], tuple[float, bool]]
+    ) -> tuple[Scheme, bool]:
+        """The scheme at the rate of the job, and whether most of its time is in CaS."""
+        degree, items = scheme.devices_per_unit, scheme.device.items
+        kv = memory.KvCache(self.shape, max(p.context for p in job), self.settings.block_tokens, degree)
+        room = items["KV cache"] + items["unused"] if scheme.device.fits else 0
+        engine = Engine(_by_tokens(kv), room, step, self.step_tokens, self.max_sequences, self.row_sizes)
+        units = self.replicas // degree
+        if (found := engine.run(job, units)) is None:
+            return replace(scheme, tokens_per_s=None), False
+        return replace(scheme, tokens_per_s=units * found.tokens_per_s), 2 * found.cas_seconds > found.seconds
 
     def _scheme(
         self,
@@ -300,9 +324,8 @@ class Planner:
             )
         if best.mode == _C.Mode.CAS.name:
             found.append(
-                f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. Its "
-                f"{step_time.CAS_WAIT_S * 1e6:.0f} us a remote layer, besides round trips and rows, are fitted to vLLM "
-                "on two H200, and elsewhere a guess"
+                f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. How "
+                "long replicas wait for each other there is fitted to vLLM on two H200, and elsewhere a guess"
             )
         if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
             found.append(
@@ -339,6 +362,13 @@ class Planner:
             "Take more replicas, shorter sequences, or a smaller model",
             num_bytes=lacking,
         )
+
+
+@lru_cache(maxsize=8)
+def _by_tokens(kv: memory.KvCache) -> list[int]:
+    """Bytes of sequences of 0, 1, ... tokens."""
+    blocks = [kv.sequence_bytes(n) for n in range(0, kv.context + kv.block_tokens, kv.block_tokens)]
+    return [blocks[-(-tokens // kv.block_tokens)] for tokens in range(kv.context + 1)]
 
 
 def _prefill(tokens: int, workload: Workload) -> StepLoad:

@@ -31,7 +31,7 @@ def write(plan: Plan, path: Path) -> None:
     work = plan.workload
     speed.set_title(
         f"{plan.shape.name}, {plan.replicas} x {plan.gpu.name} ({plan.gpu.origin}), "
-        f"{work.prompt_tokens} in, {work.output_tokens} out"
+        f"{work.prompt_tokens} in, {work.output_tokens} out" + (f", {work.prompts} prompts" if work.prompts else "")
     )
     try:
         canvas.figure.savefig(path)

@@ -13,9 +13,10 @@ from .model_shape import ModelShape
 
 #: ``remote_compute`` calls a layer: qkv, output projection, MLP.
 OPS_PER_LAYER = 3
-#: Seconds that a remote layer costs in CaS besides round trips and rows. Fitted to decode steps of vLLM on two H200,
-#: which are all within 5 % with it, and 3 to 8 % short without (``docs/model.md``).
-CAS_WAIT_S = 75e-6
+#: Seconds that a remote layer costs in CaS besides round trips, rows and, where layers are resident, ``kResidentWait``.
+#: Fitted to decode steps of vLLM on two H200, which are all within 5 % with both and up to 11 % short without
+#: (``docs/model.md``).
+CAS_WAIT_S = 40e-6
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
     """Both modes. WaS: the work with the stream's bytes written to memory beside it, against a stream that takes turns.
 
     CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
-    for itself; round trips, the rows' bytes and waits come on top. The policy knows no attention, and so no waits.
+    for itself; round trips, the rows' bytes and waits come on top. The policy knows
+    no attention, and so not what that makes them wait, ``CAS_WAIT_S``.
     """
     core = _C.StepShape(
         total_bytes=shape.linear_bytes,

@@ -17,6 +17,7 @@ from helpers import fake_engine
 from bench import e2e_vllm
 from bench.e2e_table import Results
 from bench.harness import Report
+from sidp_runtime.planner import Planner, Workload
 from sidp_runtime.planner.model_shape import bundled_config
 
 WORKLOAD = "4:8:4"
@@ -162,37 +163,37 @@ def test_a_workload_has_its_own_number_of_samples(model: Path) -> None:
 
 def test_sidp_is_started_for_each_residency_that_the_planner_picks(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(bundled_config("Qwen/Qwen3-32B")))
-    words = ("--plan-for", "H200", "--workloads", "512:2048:2,8192:64:2,1024:128:2", "--repeats", "1")
+    words = ("--plan-for", "H200", "--workloads", "512:2048:208,8192:64:24,512:2048:260", "--repeats", "1")
     rate = {"dp": 1e6, "sidp": 1e5}
     code, report, ran = run(model, "dp,sidp", *words, rate=rate, gpu_memory_utilization=0.57, max_num_seqs=256)
     assert code == 0
-    assert ran["resident"] == {"512:2048:2": 0, "8192:64:2": 40, "1024:128:2": 0}
+    assert ran["resident"] == {"512:2048:208": 0, "8192:64:24": 40, "512:2048:260": 0}
     assert ran["order"] == ["dp", "sidp, 0 resident", "sidp, 40 resident"]
     found = rows(report)
     assert {key for key in found if "/over_dp/" in key} == {
-        "e2e_vllm/over_dp/sidp workload=512:2048:2 resident=0",
-        "e2e_vllm/over_dp/sidp workload=8192:64:2 resident=40",
-        "e2e_vllm/over_dp/sidp workload=1024:128:2 resident=0",
+        "e2e_vllm/over_dp/sidp workload=512:2048:208 resident=0",
+        "e2e_vllm/over_dp/sidp workload=8192:64:24 resident=40",
+        "e2e_vllm/over_dp/sidp workload=512:2048:260 resident=0",
     }
     assert found["e2e_vllm/kv_of_an_engine/dp"].samples == (1000, 1000)
     assert found["e2e_vllm/kv_of_an_engine/sidp resident=0"].samples == (1600, 1600)
     assert found["e2e_vllm/kv_of_an_engine/sidp resident=40"].samples == (1200, 1200)
     assert len(found["e2e_vllm/start/sidp resident=0"].samples) == 1
-    (cause,) = ran["causes"]["8192:64:2"]
+    (cause,) = ran["causes"]["8192:64:24"]
     assert "1.20 x the KV tokens an engine" in cause
-    assert "1.60 x the KV tokens an engine" in ran["causes"]["512:2048:2"][0]
+    assert "1.60 x the KV tokens an engine" in ran["causes"]["512:2048:208"][0]
 
 
 def test_a_residency_that_fails_leaves_the_others(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(bundled_config("Qwen/Qwen3-32B")))
-    words = ("--plan-for", "H200", "--workloads", "8192:64:2,512:2048:2", "--repeats", "1", "--rounds", "2")
+    words = ("--plan-for", "H200", "--workloads", "8192:64:24,512:2048:208", "--repeats", "1", "--rounds", "2")
     fail = {"fail": {"sidp": "start"}, "fail_resident": 40}
     code, report, ran = run(model, "sidp", *words, gpu_memory_utilization=0.57, max_num_seqs=256, **fail)
     assert code == 1
     assert ran["order"] == ["sidp, 40 resident", "sidp, 0 resident", "sidp, 0 resident"]
     found = rows(report)
     assert found["e2e_vllm/run/sidp resident=40"].reason.startswith("with 40 resident layers: engine 0: ValueError")
-    assert len(found["e2e_vllm/throughput/sidp workload=512:2048:2 resident=0"].samples) == 2
+    assert len(found["e2e_vllm/throughput/sidp workload=512:2048:208 resident=0"].samples) == 2
 
 
 def test_the_planner_is_asked_about_these_engines() -> None:
@@ -201,18 +202,36 @@ def test_the_planner_is_asked_about_these_engines() -> None:
         picked: int = e2e_vllm.parse(words).resident[workload]
         return picked
 
-    assert resident("1024:128:2") == 63
-    assert resident("1024:128:2", "--engine", '{"gpu_memory_utilization": 0.57}') == 0
-    long_tail = resident("512:128:2:4096", "--engine", '{"gpu_memory_utilization": 0.57}')
-    assert long_tail == resident("512:326:2", "--engine", '{"gpu_memory_utilization": 0.57}')
-    assert resident("512:2048:2", "--engine", '{"max_num_seqs": 64}') > resident("512:2048:2")
+    small = ("--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 256}')
+    assert resident("1024:128:192") == 62
+    assert resident("1024:128:192", *small) == 32
+    assert resident("512:2048:208", *small) == 0
+    assert resident("512:2048:208", "--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 16}') == 62
+    assert resident("512:326:160", *small) < resident("512:128:160:4096", *small)  # which has a tail
+    assert e2e_vllm.job("512:128:160:4096") == [Workload(512, 128, 152), Workload(512, 4096, 8)]
+    assert e2e_vllm.job("512:128:2:4096") == [Workload(512, 128, 2)]
+
+
+def test_the_planner_pads_as_the_engines_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Planner] = []
+    plain = Planner.plan
+
+    def plan(planner: Planner, *job: Workload) -> Any:
+        planned.append(planner)
+        return plain(planner, *job)
+
+    monkeypatch.setattr(Planner, "plan", plan)
+    words = ["--model", "Qwen/Qwen3-32B", "--workloads", "64:16:2", "--plan-for", "H200", "--engine"]
+    e2e_vllm.parse([*words, '{"compilation_config": {"cudagraph_capture_sizes": [8, 1]}}'])
+    e2e_vllm.parse([*words, '{"compilation_config": 3}'])
+    assert [planner.row_sizes for planner in planned] == [(1, 8), ()]
 
 
 def test_engines_keep_the_layers_that_the_plan_names() -> None:
-    words = ["--model", "Qwen/Qwen3-32B", "--workloads", "4096:512:2,8192:64:2", "--plan-for", "H200"]
+    words = ["--model", "Qwen/Qwen3-32B", "--workloads", "4096:512:48,8192:64:24", "--plan-for", "H200"]
     options = e2e_vllm.parse([*words, "--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 256}'])
-    runs, apart = (e2e_vllm.engine_settings("sidp", options, count)[1]["pool"]["resident_layers"] for count in (22, 40))
-    assert runs == [*range(20, 31), *range(53, 64)]
+    runs, apart = (e2e_vllm.engine_settings("sidp", options, count)[1]["pool"]["resident_layers"] for count in (10, 40))
+    assert runs == list(range(54, 64))
     assert apart == [layer * 64 // 40 for layer in range(40)]
 
 

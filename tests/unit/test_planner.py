@@ -136,20 +136,25 @@ def test_cas_is_shown_within_its_slots_and_decides_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize(("prompt", "output", "mode"), [(512, 2048, "CAS"), (8192, 1024, "CAS"), (2048, 540, "WAS")])
-def test_with_two_replicas_each_residency_is_in_its_faster_mode(prompt: int, output: int, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "output", "modes"),
+    [(512, 2048, ("CAS", "CAS")), (8192, 1024, ("CAS", "WAS")), (2048, 540, ("WAS", "WAS"))],
+)
+def test_with_two_replicas_each_residency_is_in_its_faster_mode(
+    prompt: int, output: int, modes: tuple[str, str]
+) -> None:
     def plan(cas_rows: int) -> Plan:
         return Planner(QWEN, H200, 2, MemorySettings(max_rows=cas_rows)).plan(Workload(prompt, output))
 
     both = plan(512)
-    assert (both.cas, both.sidp.mode, both.best.mode) == (None, mode, "CAS")
-    words = "no step has more than 512 rows, prompts in chunks. Its 75 us a remote layer"
-    assert any(words in warning for warning in both.warnings)
+    assert (both.cas, both.sidp.mode, both.best.mode) == (None, *modes)
+    words = "no step has more than 512 rows, prompts in chunks. How long replicas wait"
+    assert any(words in warning for warning in both.warnings) == (both.best.mode == "CAS")
     assert not any("CaS" in warning for warning in plan(0).warnings)
     planner = Planner(QWEN, H200, 2)
     for k, scheme in enumerate(both.residency):
-        modes = [planner._sidp(Workload(prompt, output), k, cas=cas) for cas in (False, True)]
-        assert scheme.tokens_per_s == max(found.tokens_per_s or 0 for found in modes)
+        either = [planner._sidp(Workload(prompt, output), k, cas=cas) for cas in (False, True)]
+        assert scheme.tokens_per_s == max(found.tokens_per_s or 0 for found in either)
         assert scheme.times is not None
         assert scheme.step_s == (scheme.times.cas_s if scheme.mode == "CAS" else scheme.times.was_s)
         if scheme.mode == "CAS":
@@ -164,11 +169,11 @@ def test_the_plan_says_which_layers_to_keep() -> None:
         return Planner(QWEN, H200, replicas, chosen, max_sequences=256).plan(Workload(prompt, output))
 
     plan = best(4096, 512)
-    assert (plan.best.num_resident, plan.best.mode) == (22, "CAS")
-    assert plan.resident_layers == [*range(20, 31), *range(53, 64)]
-    assert " on every replica (20-30, 53-63), " in display._findings(plan)[0]
+    assert (plan.best.num_resident, plan.best.mode) == (10, "CAS")
+    assert plan.resident_layers == list(range(54, 64))
+    assert " on every replica (54-63), " in display._findings(plan)[0]
     assert plan.as_dict()["resident_layers"] == plan.resident_layers
-    for plan, mode in ((best(8192, 64), "WAS"), (best(512, 326, 4), "CAS")):
+    for plan, mode in ((best(8192, 64), "WAS"), (best(4096, 512, 4), "CAS")):
         count = plan.best.num_resident or 0
         assert plan.best.mode == mode
         assert plan.resident_layers == [layer * 64 // count for layer in range(count)]
@@ -190,10 +195,14 @@ def test_thresholds_are_where_the_predictions_cross(resident: int) -> None:
     def times(load: StepLoad) -> step_time.StepTimes:
         return step_time.step_times(H200, QWEN, load, part, 8)
 
-    assert replace(planner, settings=MemorySettings(max_rows=64)).thresholds(work, resident).cas_below == 65
+    assert replace(planner, settings=MemorySettings(max_rows=64)).thresholds(work, resident).cas_below == min(
+        found.cas_below or 0, 65
+    )
     assert found.hidden_from_sequences is not None
     assert found.hidden_from_prompt_tokens is not None
     for tokens, holds in ((found.cas_below, True), (found.cas_below - 1, False)):
+        if tokens == 0:
+            continue
         load = StepLoad(tokens, 2304)
         assert (times(load).was_s <= times(load).cas_s) is holds
     for tokens, load, holds in (
