@@ -84,7 +84,8 @@ def planned(
     streamed = Streamed(0, 0)  # plain DP
     if step["resident"] is not None:
         streamed = memory.streamed(memory.place(shape, replicas, step["resident"], MemorySettings()))
-    load = StepLoad(step["rows"], kv_tokens / step["rows"])
+    sequences = step["sequences"]
+    load = StepLoad(sequences, kv_tokens / sequences, padding_rows=step["rows"] - sequences)
     return step_times(gpu, shape, load, streamed, replicas), streamed.num_layers
 
 

@@ -91,7 +91,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan-for",
         metavar="GPU",
-        help="as sidp plan --gpu takes it: SiDP is started for each number of resident layers that the planner picks",
+        help="as sidp plan --gpu takes it: SiDP is started for each number of resident layers that the planner picks; "
+        "steps padded to the cudagraph_capture_sizes of --engine",
     )
     parser.add_argument("--engine", type=_object, default={}, help="arguments of vllm.LLM for all, a JSON object")
     parser.add_argument("--quick", action="store_true", help="does it run? Few prompts and little memory, no figure")
@@ -176,7 +177,7 @@ def plan(workload: str, options: argparse.Namespace) -> Plan:
 
 
 def job(workload: str) -> list[Workload]:
-    """Its prompts as the planner knows them, long ones apart."""
+    """Its prompts as the planner knows them: as many long ones as are to be expected."""
     length, out, count, *long = numbers(workload)
     num_long = round(LONG_SHARE * count) if long else 0
     parts = [Workload(length, out, count - num_long)]

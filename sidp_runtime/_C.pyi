@@ -212,6 +212,7 @@ class StepShape:
         *,
         total_bytes: typing.SupportsInt | typing.SupportsIndex,
         streamed_bytes: typing.SupportsInt | typing.SupportsIndex,
+        resident_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
         streamed_layers: typing.SupportsInt | typing.SupportsIndex,
         ops_per_layer: typing.SupportsInt | typing.SupportsIndex = 0,
         row_bytes: typing.SupportsInt | typing.SupportsIndex = 0,

@@ -32,14 +32,15 @@ void bind_policy(py::module_& m) {
            py::arg("flops_per_s"), py::arg("copy_latency_us") = 0.0, py::arg("request_bytes_per_s") = 0.0,
            py::arg("products") = std::vector<std::pair<double, double>>{});
   py::class_<StepShape>(m, "StepShape")
-      .def(py::init([](ByteCount total_bytes, ByteCount streamed_bytes, std::int32_t streamed_layers,
-                       std::int32_t ops_per_layer, ByteCount row_bytes, std::int32_t element_bytes, Rank world_size) {
-             return StepShape{total_bytes, streamed_bytes, streamed_layers, ops_per_layer,
-                              row_bytes,   element_bytes,  world_size};
+      .def(py::init([](ByteCount total_bytes, ByteCount streamed_bytes, ByteCount resident_bytes,
+                       std::int32_t streamed_layers, std::int32_t ops_per_layer, ByteCount row_bytes,
+                       std::int32_t element_bytes, Rank world_size) {
+             return StepShape{total_bytes,   streamed_bytes, resident_bytes, streamed_layers,
+                              ops_per_layer, row_bytes,      element_bytes,  world_size};
            }),
-           py::kw_only(), py::arg("total_bytes"), py::arg("streamed_bytes"), py::arg("streamed_layers"),
-           py::arg("ops_per_layer") = 0, py::arg("row_bytes") = 0, py::arg("element_bytes") = 4,
-           py::arg("world_size") = 2);
+           py::kw_only(), py::arg("total_bytes"), py::arg("streamed_bytes"), py::arg("resident_bytes") = 0,
+           py::arg("streamed_layers"), py::arg("ops_per_layer") = 0, py::arg("row_bytes") = 0,
+           py::arg("element_bytes") = 4, py::arg("world_size") = 2);
   py::class_<StepTimes>(m, "StepTimes")
       .def_readonly("local_s", &StepTimes::local_s)
       .def_readonly("copy_s", &StepTimes::copy_s)

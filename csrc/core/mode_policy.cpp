@@ -88,9 +88,9 @@ StepTimes predict_step(double rows, const MachineProfile& profile, const StepSha
   const double request_rate = profile.request_bytes_per_s > 0 ? profile.request_bytes_per_s : profile.copy_bytes_per_s;
   times.cas_s = times.local_s + layers * (shape.ops_per_layer * profile.round_trip_us * 1e-6 +
                                           rows * static_cast<double>(shape.row_bytes) / request_rate);
-  if (shape.total_bytes > 0 && shape.world_size > 1) {
+  if (shape.total_bytes > 0) {
     const double remote = streamed_bytes / static_cast<double>(shape.total_bytes);
-    const double resident = std::max(0.0, 1 - remote * shape.world_size / (shape.world_size - 1.0));
+    const double resident = static_cast<double>(shape.resident_bytes) / static_cast<double>(shape.total_bytes);
     times.cas_s += kResidentWait * resident * resident * remote * layers_s;
   }
   return times;

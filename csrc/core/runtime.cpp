@@ -40,6 +40,7 @@ Runtime::Runtime(std::shared_ptr<WeightPool> pool, std::vector<Op> ops, RuntimeO
     const Rank owner = placement.owner(layer);
     if (std::find(owners_.begin(), owners_.end(), owner) == owners_.end()) owners_.push_back(owner);
   }
+  shape_.resident_bytes = placement.resident_bytes();
   shape_.ops_per_layer = options_.ops_per_layer;
   shape_.row_bytes = options_.row_bytes;
   shape_.element_bytes = options_.element_bytes;

@@ -30,6 +30,7 @@ struct MachineProfile {
 struct StepShape {
   ByteCount total_bytes = 0;     // all pooled layers
   ByteCount streamed_bytes = 0;  // of those, owned elsewhere
+  ByteCount resident_bytes = 0;  // of those, held by every replica
   std::int32_t streamed_layers = 0;
   std::int32_t ops_per_layer = 0;  // remote_compute calls a layer
   ByteCount row_bytes = 0;         // moved there and back for one row of one layer, all ops together

@@ -16,7 +16,7 @@ def render(plan: Plan, console: Console) -> None:
     console.print(
         f"[bold]{escape(shape.name)}[/] ({shape.num_params / 1e9:.2f} B parameters, {shape.dtype}) on "
         f"{plan.replicas} x {escape(gpu.name)} ({gpu.origin}), "
-        f"{work.prompt_tokens} tokens in and {work.output_tokens} out{_prompts(work.prompts)}",
+        f"{_job(plan) or f'{work.prompt_tokens} tokens in and {work.output_tokens} out'}",
         highlight=False,
         soft_wrap=True,
     )
@@ -28,8 +28,12 @@ def render(plan: Plan, console: Console) -> None:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
-def _prompts(count: int | None) -> str:
-    return "" if count is None else f", a job of {count} prompts (steps: of an endless queue)"
+def _job(plan: Plan) -> str:
+    """Its parts, if it is one."""
+    parts = [
+        f"{part.prompts} prompts of {part.prompt_tokens} tokens in and {part.output_tokens} out" for part in plan.job
+    ]
+    return f"a job of {' and '.join(parts)} (steps: of an endless queue of their mean)" if parts else ""
 
 
 def _memory(plan: Plan) -> Table:

@@ -10,11 +10,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import ConfigError
 from .step_time import StepLoad
 from .workload import Workload
 
-MOST_PROMPTS = 512  # of a replica; a longer job is planned as one of so many, so that its tail counts for too much
+MOST_PROMPTS = 512  # of a replica that are followed; a longer job is drawn out from this one and one of half as many
 STRIDE = 32  # decode steps that are taken as one of their mean, at most; nothing changes between them but contexts
+STRIDES = 64  # or so many of the longest answer
+MOST_ITERATIONS = 50_000
 
 
 @dataclass
@@ -30,13 +33,9 @@ class JobTime:
 
     seconds: float
     cas_seconds: float
-    tokens: int
-    steps: int
-    preemptions: int
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
+    tokens: float
+    steps: float
+    preemptions: float
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,40 @@ class Engine:
     max_sequences: int | None = None
     row_sizes: tuple[int, ...] = ()
 
-    def run(self, job: Sequence[Workload], replicas: int = 1) -> JobTime | None:
-        """One of ``replicas`` with as many prompts of each part of ``job``. None: a sequence does not fit."""
-        if any(self.kv_bytes[part.context] > self.room for part in job):
-            return None
-        return _Run(self, _mixed(job, replicas)).to_the_end()
+    def run(self, job: Sequence[Workload], replicas: int = 1) -> JobTime:
+        """The one of ``replicas`` that has the most prompts of ``job``.
 
-    def padded(self, sequences: int) -> int:
-        return next((size for size in self.row_sizes if size >= sequences), sequences)
+        ``ConfigError``: a part without ``prompts``, a sequence beyond the room, or too many steps to be followed.
+        """
+        if any(part.prompts is None for part in job):
+            raise ConfigError("a job has an end: each of its workloads needs prompts=")
+        if (longest := max(self.kv_bytes[part.context] for part in job)) > self.room:
+            raise ConfigError(f"a sequence needs {longest} bytes of KV, and there is room for {self.room}")
+        counts = [-(-(part.prompts or 0) // replicas) for part in job]
+        whole, half = (scaled(counts, most) for most in (MOST_PROMPTS, MOST_PROMPTS // 2))
+        found = self._follow(job, whole)
+        if whole == counts:
+            return found
+        less = self._follow(job, half)
+        tokens = sum(count * part.output_tokens for count, part in zip(counts, job, strict=True))
+        times = (tokens - found.tokens) / (found.tokens - less.tokens)
+        return JobTime(*(b + times * (b - a) for a, b in zip(vars(less).values(), vars(found).values(), strict=True)))
+
+    def padding(self, sequences: int) -> int:
+        return next((size for size in self.row_sizes if size >= sequences), sequences) - sequences
+
+    def _follow(self, job: Sequence[Workload], counts: Sequence[int]) -> JobTime:
+        return _Run(self, _mixed(job, counts), max(STRIDE, max(p.output_tokens for p in job) // STRIDES)).to_the_end()
 
 
-def _mixed(job: Sequence[Workload], replicas: int) -> deque[_Sequence]:
+def scaled(counts: Sequence[int], most: int) -> list[int]:
+    """As many together as ``most``, but of each some: rare ones are what a tail is made of."""
+    share = min(1.0, most / sum(counts))
+    return [max(round(count * share), min(count, 8)) for count in counts]
+
+
+def _mixed(job: Sequence[Workload], counts: Sequence[int]) -> deque[_Sequence]:
     """The parts at even distances among each other."""
-    counts = [-(-(part.prompts or 0) // replicas) for part in job]
-    if (total := sum(counts)) > MOST_PROMPTS:
-        counts = [max(1, round(count * MOST_PROMPTS / total)) for count in counts]
     order = sorted(((i + 0.5) / count, number) for number, count in enumerate(counts) for i in range(count))
     return deque(_Sequence(job[number].prompt_tokens, job[number].output_tokens) for _, number in order)
 
@@ -77,19 +95,25 @@ def _mixed(job: Sequence[Workload], replicas: int) -> deque[_Sequence]:
 class _Run:
     engine: Engine
     waiting: deque[_Sequence]
+    stride: int = STRIDE
     running: list[_Sequence] = field(default_factory=list)
     used: int = 0
 
     def to_the_end(self) -> JobTime:
         seconds = cas_seconds = 0.0
-        steps = preemptions = 0
-        tokens = sum(sequence.left for sequence in self.waiting)
+        steps = preemptions = iterations = 0
+        prompts, tokens = len(self.waiting), sum(sequence.left for sequence in self.waiting)
         while self.waiting or self.running:
+            if (iterations := iterations + 1) > MOST_ITERATIONS:
+                raise ConfigError(
+                    f"a job of {prompts} prompts and {tokens} tokens a replica takes more than {MOST_ITERATIONS} steps "
+                    "to be followed: fewer prompts, or more step_tokens"
+                )
             preemptions += self._make_room()
             ready, load = self._admit()
             count = 1 if load.prefill_rows else self._steps_alike()
             if not load.prefill_rows:
-                load = self._decode(count)
+                load = StepLoad(*self._decode(count), padding_rows=self.engine.padding(len(self.running)))
             step_s, is_cas = self.engine.step(load)
             seconds += count * step_s
             cas_seconds += count * step_s * is_cas
@@ -108,12 +132,13 @@ class _Run:
         return len(self.running) * self.engine.kv_bytes[count] <= room or self._grown(count) <= room
 
     def _make_room(self) -> int:
-        """For one more token of each that runs: the last to come are preempted, and come first again."""
+        """For one more token of each that runs: the last to come are preempted, and come first again. How many."""
         preempted = 0
         while not self._fit(1):
             if self.waiting and self.waiting[0].filled:  # in the midst of its prompt
                 self.used -= self.engine.kv_bytes[self.waiting[0].filled]
                 self.waiting[0].filled = 0
+                preempted += 1
                 continue
             last = self.running.pop()
             self.used -= self.engine.kv_bytes[last.context - 1]
@@ -122,7 +147,10 @@ class _Run:
         return preempted
 
     def _admit(self) -> tuple[list[_Sequence], StepLoad]:
-        """Takes prompts into the step as far as there is room; those that it finishes, and the step's load."""
+        """Takes prompts into the step as far as all of each fits; those that it finishes, and the step's load.
+
+        vLLM takes none in a step that preempts. Nor does this: what was preempted comes first, and does not fit.
+        """
         kv_bytes, room = self.engine.kv_bytes, self.engine.room - (self._grown(1) if self.waiting else 0)
         most = min(self.engine.max_sequences or self.engine.step_tokens, self.engine.step_tokens)
         budget = self.engine.step_tokens - len(self.running)
@@ -131,29 +159,25 @@ class _Run:
         while self.waiting and budget > 0 and len(self.running) + len(ready) < most:
             first = self.waiting[0]
             chunk = min(budget, first.context - first.filled)
-            more = kv_bytes[first.filled + chunk] - kv_bytes[first.filled]
-            if self.used + more > room:
+            if self.used + kv_bytes[first.context] - kv_bytes[first.filled] > room:
                 break
-            self.used += more
+            self.used += kv_bytes[first.filled + chunk] - kv_bytes[first.filled]
             first.filled += chunk
             budget -= chunk
             rows += chunk
             of_prompts += chunk * first.context
             if first.filled == first.context:
                 ready.append(self.waiting.popleft())
-        decode = self._decode(1, padded=False)
-        mean_prompt = of_prompts / rows if rows else 1.0
-        return ready, StepLoad(decode.decode_rows, decode.context, rows, mean_prompt)
+        number, context = self._decode(1)
+        return ready, StepLoad(number, context, rows, of_prompts / rows if rows else 1.0)
 
-    def _decode(self, count: int, *, padded: bool = True) -> StepLoad:
-        """The mean of the next ``count`` steps of those that run."""
+    def _decode(self, count: int) -> tuple[int, float]:
+        """Those that run, and the mean of what they attend to in the next ``count`` steps."""
         number = len(self.running)
-        rows = self.engine.padded(number) if padded else number
-        tokens = sum([s.context for s in self.running]) + number * count / 2
-        return StepLoad(rows, tokens / rows if rows else 0.0)
+        return number, sum([s.context for s in self.running]) / number + count / 2 if number else 0.0
 
     def _steps_alike(self) -> int:
-        count = min(STRIDE, *[s.left for s in self.running])
+        count = min(self.stride, *[s.left for s in self.running])
         while count > 1 and not self._fit(count):
             count //= 2
         return count

@@ -82,6 +82,14 @@ class KvCache:
         return sequences, sequences * self.context + low, sequences * whole + self.sequence_bytes(low)
 
 
+@lru_cache(maxsize=8)
+def sequence_bytes_by_tokens(kv: KvCache) -> list[int]:
+    """Of sequences of 0, 1, ... ``kv.context`` tokens."""
+    size = kv.block_tokens
+    blocks = [kv.sequence_bytes(tokens) for tokens in range(0, kv.context + size, size)]
+    return [blocks[-(-tokens // size)] for tokens in range(kv.context + 1)]
+
+
 @dataclass(frozen=True)
 class DeviceMemory:
     """One device. ``items`` add up to ``device_bytes + shortfall_bytes``; nothing fits while the latter is above 0."""
@@ -126,7 +134,10 @@ def streamed(placement: Placement) -> Streamed:
     """Of the rank that streams most."""
     ranks = (placement.streamed_layers(rank) for rank in range(placement.world_size))
     return max(
-        (Streamed(len(layers), sum(placement.layer_bytes(layer) for layer in layers)) for layers in ranks),
+        (
+            Streamed(len(layers), sum(placement.layer_bytes(layer) for layer in layers), placement.resident_bytes)
+            for layers in ranks
+        ),
         key=lambda s: s.num_bytes,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from .. import _C
@@ -66,13 +66,14 @@ class Plan:
 
     With up to ``CAS_MEASURED_REPLICAS`` replicas each residency is in its faster mode, in a job at each step, with more
     in WaS. ``cas``: the fastest residency in CaS of more replicas, which was not measured and decides nothing; else
-    None. ``workload``: of a job of several parts the mean.
+    None. ``job``: its parts, of which ``workload`` is the mean; of an endless queue there are none.
     """
 
     shape: ModelShape
     gpu: GpuProfile
     replicas: int
     workload: Workload
+    job: tuple[Workload, ...]
     settings: MemorySettings
     dp: Scheme
     tp: list[Scheme]
@@ -128,6 +129,8 @@ class Planner:
     def __post_init__(self) -> None:
         if self.replicas < 2:
             raise ConfigError(f"replicas is {self.replicas}; weights are shared among 2 or more")
+        if list(self.row_sizes) != sorted({size for size in self.row_sizes if size > 0}):
+            raise ConfigError(f"row_sizes {self.row_sizes} must be above 0 and ascend")
         if self.step_tokens < 1 or (self.max_sequences is not None and self.max_sequences < 1):
             raise ConfigError(
                 f"step_tokens {self.step_tokens} and max_sequences {self.max_sequences} must be at least 1"
@@ -150,15 +153,19 @@ class Planner:
         cas = None
         if with_cas and not measured:
             asking = self._residency(workload, job, True, was=False)
-            cas = replace(found := _fastest(asking), name=f"{found.name} *")
+            found = _fastest(asking)
+            if found.mode == _C.Mode.CAS.name:
+                cas = replace(found, name=f"{found.name} *")
         best = _fastest(residency)
+        longest = max((workload, *job), key=lambda part: part.context)
         if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
-            self._raise_nothing_fits(workload, residency[0].device)
-        return Plan(
+            self._raise_nothing_fits(longest, residency[0].device)
+        plan = Plan(
             shape=self.shape,
             gpu=self.gpu,
             replicas=self.replicas,
             workload=workload,
+            job=tuple(job),
             settings=self.settings,
             dp=dp,
             tp=tp,
@@ -168,8 +175,9 @@ class Planner:
             thresholds=self.thresholds(workload, best.num_resident or 0),
             speedup=_ratio(best.tokens_per_s, dp.tokens_per_s),
             kv_gain=_ratio(residency[0].group_kv_tokens, dp.group_kv_tokens),
-            warnings=self._warnings(workload, dp, tp, best, cas),
+            warnings=[],
         )
+        return replace(plan, warnings=self._warnings(plan, longest))
 
     def _residency(self, workload: Workload, job: Sequence[Workload], cas: bool, *, was: bool = True) -> list[Scheme]:
         """SiDP with 0, 1, ... resident layers, each in the fastest of the modes that it may have."""
@@ -233,11 +241,10 @@ class Planner:
             else f"TP{degree}" + (f" x DP{self.replicas // degree}" * (degree < self.replicas))
         )
         scheme = self._scheme(name, "dp" if degree == 1 else "tp", None, degree, device, load, None, seconds, None)
-
-        def step(load: StepLoad) -> tuple[float, bool]:
-            return step_time.tensor_parallel_s(self.gpu, self.shape, load, degree), False
-
-        return self._of_job(scheme, job, step)[0] if job else scheme
+        if not job:
+            return scheme
+        step = partial(step_time.tensor_parallel_s, self.gpu, self.shape, degree=degree)
+        return self._of_job(scheme, job, lambda load: (step(load), False))[0]
 
     def _sidp(self, workload: Workload, num_resident: int, *, cas: bool = False) -> Scheme:
         placement = memory.place(self.shape, self.replicas, num_resident, self.settings)
@@ -275,11 +282,13 @@ class Planner:
         degree, items = scheme.devices_per_unit, scheme.device.items
         kv = memory.KvCache(self.shape, max(p.context for p in job), self.settings.block_tokens, degree)
         room = items["KV cache"] + items["unused"] if scheme.device.fits else 0
-        engine = Engine(_by_tokens(kv), room, step, self.step_tokens, self.max_sequences, self.row_sizes)
-        units = self.replicas // degree
-        if (found := engine.run(job, units)) is None:
-            return replace(scheme, tokens_per_s=None), False
-        return replace(scheme, tokens_per_s=units * found.tokens_per_s), 2 * found.cas_seconds > found.seconds
+        if kv.sequence_bytes(kv.context) > room:
+            return replace(scheme, batch=0.0, mode=None, step_s=None, times=None, tokens_per_s=None), False
+        table = memory.sequence_bytes_by_tokens(kv)
+        engine = Engine(table, room, step, self.step_tokens, self.max_sequences, self.row_sizes)
+        found = engine.run(job, self.replicas // degree)
+        tokens = sum((part.prompts or 0) * part.output_tokens for part in job)
+        return replace(scheme, tokens_per_s=tokens / found.seconds), 2 * found.cas_seconds > found.seconds
 
     def _scheme(
         self,
@@ -298,19 +307,18 @@ class Planner:
         kv_tokens = units * device.kv_tokens if device.fits else 0
         return Scheme(name, kind, num_resident, degree, device, kv_tokens, load.decode_rows, mode, seconds, times, rate)
 
-    def _warnings(
-        self, workload: Workload, dp: Scheme, tp: list[Scheme], best: Scheme, cas: Scheme | None
-    ) -> list[str]:
+    def _warnings(self, plan: Plan, longest: Workload) -> list[str]:
+        dp, best, cas = plan.dp, plan.best, plan.cas
         found = list(self.shape.notes)
         if best.tokens_per_s is None:
-            found.append(f"SiDP does not fit a sequence of {workload.context} tokens; another scheme does")
+            found.append(f"SiDP does not fit a sequence of {longest.context} tokens; another scheme does")
         elif dp.tokens_per_s is not None and best.tokens_per_s <= dp.tokens_per_s:
             loss = 1 - best.tokens_per_s / dp.tokens_per_s
             found.append(
                 f"SiDP loses {loss:.1%} to plain DP even with {best.num_resident} of {self.shape.num_layers} layers "
                 f"resident: {best.tokens_per_s:.0f} against {dp.tokens_per_s:.0f} tokens/s. Run plain DP"
             )
-        for scheme in tp:
+        for scheme in plan.tp:
             if best.tokens_per_s and scheme.tokens_per_s and scheme.tokens_per_s > best.tokens_per_s:
                 found.append(
                     f"{scheme.name} is predicted {scheme.tokens_per_s / best.tokens_per_s - 1:.1%} faster than SiDP "
@@ -324,8 +332,9 @@ class Planner:
             )
         if best.mode == _C.Mode.CAS.name:
             found.append(
-                f"SiDP is planned in CaS: no step has more than {self.settings.max_rows} rows, prompts in chunks. How "
-                "long replicas wait for each other there is fitted to vLLM on two H200, and elsewhere a guess"
+                f"SiDP is planned in CaS{',' if plan.job else ', prompts in chunks,'} in steps of up to "
+                f"{self.settings.max_rows} rows. How long replicas wait for each other "
+                "there is fitted to vLLM on two H200, and elsewhere a guess"
             )
         if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
             found.append(
@@ -338,7 +347,7 @@ class Planner:
             )
         if self.gpu.origin != "measured":
             found.append(f"{self.gpu.name}: no measurement; rates are a datasheet's, scaled (docs/model.md)")
-        sampled = int(best.batch * (1 + 1 / workload.output_tokens)) + 1
+        sampled = int(best.batch * (1 + 1 / plan.workload.output_tokens)) + 1
         needed = memory.activation_bytes(self.shape, self.step_tokens, sampled)
         if needed > self.settings.workspace_bytes:
             found.append(
@@ -362,13 +371,6 @@ class Planner:
             "Take more replicas, shorter sequences, or a smaller model",
             num_bytes=lacking,
         )
-
-
-@lru_cache(maxsize=8)
-def _by_tokens(kv: memory.KvCache) -> list[int]:
-    """Bytes of sequences of 0, 1, ... tokens."""
-    blocks = [kv.sequence_bytes(n) for n in range(0, kv.context + kv.block_tokens, kv.block_tokens)]
-    return [blocks[-(-tokens // kv.block_tokens)] for tokens in range(kv.context + 1)]
 
 
 def _prefill(tokens: int, workload: Workload) -> StepLoad:

@@ -24,25 +24,28 @@ class StepLoad:
     """Rows of one step of a replica. Means over many steps, so not whole numbers.
 
     ``decode_rows``: sequences that get one token; ``context``: tokens that each of them attends to.
-    ``prefill_rows``: prompt tokens, of prompts of ``prompt_tokens``.
+    ``prefill_rows``: prompt tokens, of prompts of ``prompt_tokens``. ``padding_rows``: what a CUDA graph of more rows
+    adds to the decoder layers' products.
     """
 
     decode_rows: float
     context: float = 0.0
     prefill_rows: float = 0.0
     prompt_tokens: float = 1.0
+    padding_rows: float = 0.0
 
     @property
     def rows(self) -> float:
-        return self.decode_rows + self.prefill_rows
+        return self.decode_rows + self.prefill_rows + self.padding_rows
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a rank does not hold: the layers to be copied or asked for in each step."""
+    """What a rank does not hold: the layers to be copied or asked for in each step. ``resident_bytes``: held by all."""
 
     num_layers: int
     num_bytes: int
+    resident_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
     core = _C.StepShape(
         total_bytes=shape.linear_bytes,
         streamed_bytes=streamed.num_bytes,
+        resident_bytes=streamed.resident_bytes,
         streamed_layers=streamed.num_layers,
         ops_per_layer=OPS_PER_LAYER,
         row_bytes=shape.row_bytes,

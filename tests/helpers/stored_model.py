@@ -25,7 +25,7 @@ class Model:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         self.batches.append([])
-        for name, value in weights:
+        for name, value in (pair for pair in weights):  # as a mapper wraps it, and closes it with itself
             if name == self._skip:
                 break
             self.values[name].data.copy_(value)

@@ -156,3 +156,22 @@ def _fixed(context: RankContext) -> str:
 
 def test_a_size_fixed_to_cas_needs_its_rows_and_a_pool_that_saves_nothing_warns() -> None:
     assert run_ranks(_fixed, 2) == ["Mode.WAS", "Mode.WAS"]
+
+
+def _cas_over_local(context: RankContext, resident: tuple[int, ...]) -> tuple[float, float]:
+    # products wait for memory, and requests cost nothing
+    free = {"round_trip_us": 1e-9, "request_bytes_per_s": 1e30, "memory_bytes_per_s": 1e6, "flops_per_s": 1e30}
+    profile = replace(PROFILE, linear_times=None, **free)
+    with open_replica(context, profile=profile, max_rows=4, resident_layers=resident) as replica:
+        placement, layers = replica.pool.placement, replica.pool.layers
+        total = sum(layer.num_bytes for layer in layers)
+        remote = sum(placement.layer_bytes(layer) for layer in placement.streamed_layers(context.rank)) / total
+        waits = 1.5 * (sum(placement.layer_bytes(layer) for layer in resident) / total) ** 2 * remote
+        return replica.runtime._core.preview(4).cas_ms / (total / 1e3), 1 + waits
+
+
+@pytest.mark.parametrize("resident", [(), (0, 3)])
+def test_a_runtime_knows_what_is_resident(resident: tuple[int, ...]) -> None:
+    for found, expected in run_ranks(_cas_over_local, 2, resident=resident):
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert (expected > 1.01) == bool(resident)

@@ -148,7 +148,7 @@ def test_with_two_replicas_each_residency_is_in_its_faster_mode(
 
     both = plan(512)
     assert (both.cas, both.sidp.mode, both.best.mode) == (None, *modes)
-    words = "no step has more than 512 rows, prompts in chunks. How long replicas wait"
+    words = "planned in CaS, prompts in chunks, in steps of up to 512 rows. How long replicas wait"
     assert any(words in warning for warning in both.warnings) == (both.best.mode == "CAS")
     assert not any("CaS" in warning for warning in plan(0).warnings)
     planner = Planner(QWEN, H200, 2)
@@ -200,6 +200,7 @@ def test_thresholds_are_where_the_predictions_cross(resident: int) -> None:
     )
     assert found.hidden_from_sequences is not None
     assert found.hidden_from_prompt_tokens is not None
+    assert (found.cas_below > 1) == (resident < 63)
     for tokens, holds in ((found.cas_below, True), (found.cas_below - 1, False)):
         if tokens == 0:
             continue
