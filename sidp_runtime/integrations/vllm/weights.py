@@ -16,7 +16,6 @@ from ..._torch import dtype_of
 from ...errors import CheckpointError, ConfigError, UnsupportedError
 from ...loading import Checkpoint, LoadReport, ReadAhead, TensorEntry
 from ...loading.read_ahead import Bytes, fresh_memory
-from ...manifest import DTYPE_BYTES
 
 # Stored linears of a decoder layer: parts of vLLM's merged ones, and the merged ones themselves. Scales of the KV cache
 # may stand below them too; those belong to the attention, which every rank has whole.
@@ -48,8 +47,8 @@ class Weights(Protocol):
 class StoredWeights:
     """A checkpoint's, through the model's own ``load_weights``. Host memory: what ``ReadAhead`` holds.
 
-    ``page_locked``: it is read into memory from which a GPU copies by itself, 6 times as fast on an H200. Torch keeps
-    such memory in powers of two for tensors of the same size until the end: of layers that are alike about 2 GiB.
+    ``page_locked``: it is read into memory from which a GPU copies by itself. Torch keeps such memory in powers of two
+    for tensors of the same size until the end: of layers that are alike about 2 GiB.
     """
 
     def __init__(self, model: Any, path: str, num_layers: int, *, page_locked: bool = False) -> None:
@@ -67,8 +66,6 @@ class StoredWeights:
             layer = int(stored[1]) if stored else None
             if layer is not None and layer >= num_layers:
                 raise CheckpointError(f"{path} has {entry.name!r}, the model has {num_layers} decoder layers")
-            if entry.dtype not in DTYPE_BYTES:
-                raise UnsupportedError(f"tensor {entry.name!r} is stored as {entry.dtype}")
             self._by_layer.setdefault(layer, []).append(entry)
         self._page_locked = page_locked
         self._source: ReadAhead | None = None
