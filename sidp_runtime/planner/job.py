@@ -111,8 +111,9 @@ class _Run:
                 )
             preemptions += self._make_room()
             ready, load = self._admit()
-            count = 1 if load.prefill_rows else self._steps_alike()
+            count = 1
             if not load.prefill_rows:
+                count = self._steps_alike()
                 load = StepLoad(*self._decode(count), padding_rows=self.engine.padding(len(self.running)))
             step_s, is_cas = self.engine.step(load)
             seconds += count * step_s

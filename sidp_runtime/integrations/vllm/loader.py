@@ -69,12 +69,13 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             rest.pop(name, None)
         by_layer = [{name: rest.pop(name) for name in names} for names in offloader.names_in(model)]
 
+        make = self._make_pool
+
         def make_pool(layers: Sequence[LayerSpec]) -> WeightPool:
-            pool = wanted(layers)
+            pool = make(layers)
             source.expect([layer for layer in range(len(layers)) if pool.is_local(layer)])
             return pool
 
-        wanted = self._make_pool
         with contextlib.closing(source):
             offloader.fill(make_pool, lambda layer: source.fill(layer, by_layer[layer]))
             source.fill(None, rest)
