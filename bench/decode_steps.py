@@ -26,7 +26,7 @@ _LINE = re.compile(
     r"Avg prompt throughput: ([\d.]+) tokens/s, Avg generation throughput: ([\d.]+) tokens/s, "
     r"Running: (\d+) reqs, Waiting: \d+ reqs, GPU KV cache usage: ([\d.]+)%"
 )
-_FOLDER = re.compile(r"(?P<system>\w+)-\d+(?:-(?P<resident>\d+))?")
+_FOLDER = re.compile(r"(?P<system>\w+)-\d+(?:-(?P<resident>\d+)(?:-auto)?)?")  # of mode was nothing is planned
 _ALIKE = ("commit", "dirty", "shape", "machine", "versions")
 
 
@@ -54,6 +54,7 @@ def read_run(run: Mapping[str, Any], logs: Path) -> list[dict[str, Any]]:
         (figure["subject"], figure["parameters"].get("resident")): int(figure["median"])
         for figure in run["figures"]
         if figure["metric"] == "kv_of_an_engine" and figure["subject"] in ("sidp", "dp")
+        if "mode" not in figure["parameters"]
     }
     steps: dict[tuple[str, int | None, int], dict[str, Any]] = {}
     for log in sorted(logs.glob("*/engine-*.log")):

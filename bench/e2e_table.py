@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -57,37 +57,47 @@ class Sample:
         }
 
 
-def num_resident(options: argparse.Namespace, system: str, workload: str) -> int | None:
-    """Layers that the planner picked; None where it was not asked."""
-    picked: int | None = options.resident[workload] if system.startswith(OWN) else None
-    return picked
+class Pick(NamedTuple):
+    """The planner's: how many layers are resident, and the engines' mode."""
+
+    resident: int
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.resident} resident{'' if self.mode == 'auto' else f', mode {self.mode}'}"
+
+
+def picked(options: argparse.Namespace, system: str, workload: str) -> Pick | None:
+    """None where the planner was not asked."""
+    pick: Pick | None = options.picks[workload] if system.startswith(OWN) else None
+    return pick
 
 
 @dataclass
 class Results:
     """Of a run so far. ``failed`` and ``unavailable``: why. ``order``: in which systems were started.
 
-    Engines go by system and number of resident layers, None where the planner did not pick it.
+    Engines go by system and what the planner picked, None where it was not asked.
     """
 
     options: argparse.Namespace
-    starts: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
-    kv_tokens: dict[tuple[str, int | None], list[int]] = field(default_factory=dict)
-    setup: dict[tuple[str, int | None], list[dict[str, float]]] = field(default_factory=dict)
+    starts: dict[tuple[str, Pick | None], list[float]] = field(default_factory=dict)
+    kv_tokens: dict[tuple[str, Pick | None], list[int]] = field(default_factory=dict)
+    setup: dict[tuple[str, Pick | None], list[dict[str, float]]] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
-    failed: dict[tuple[str, int | None], str] = field(default_factory=dict)
+    failed: dict[tuple[str, Pick | None], str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
-    def started(self, system: str, resident: int | None, seconds: float, ready: list[dict[str, Any]]) -> None:
+    def started(self, system: str, pick: Pick | None, seconds: float, ready: list[dict[str, Any]]) -> None:
         """``ready``: what each engine said then: its KV tokens, and seconds of a pool's ``setup`` by part."""
-        self.starts.setdefault((system, resident), []).append(seconds)
-        self.kv_tokens.setdefault((system, resident), []).extend(answer["kv_tokens"] for answer in ready)
-        self.setup.setdefault((system, resident), []).extend(answer["setup"] for answer in ready)
+        self.starts.setdefault((system, pick), []).append(seconds)
+        self.kv_tokens.setdefault((system, pick), []).extend(answer["kv_tokens"] for answer in ready)
+        self.setup.setdefault((system, pick), []).extend(answer["setup"] for answer in ready)
 
-    def engines(self, system: str, workload: str) -> tuple[str, int | None]:
+    def engines(self, system: str, workload: str) -> tuple[str, Pick | None]:
         """Which ones run the workload."""
-        return system, num_resident(self.options, system, workload)
+        return system, picked(self.options, system, workload)
 
     def sampled(self, system: str, workload: str, sample: Sample) -> None:
         self.samples.setdefault((system, workload), []).append(sample)
@@ -135,13 +145,15 @@ class Results:
     def run(self) -> dict[str, Any]:
         """How it ran, for the results file."""
         replicas, gpus = self.options.replicas, self.options.gpus
-        names = ("workloads", "repeats", "rounds", "weights", "cold", "engine", "sidp", "resident", "quick")
+        names = ("workloads", "repeats", "rounds", "weights", "cold", "engine", "sidp", "quick")
         return {
             "world_size": replicas,
             "gpus": gpus,
             "shared_gpu": 0 < gpus < replicas,
             "order": self.order,
             "causes": self.causes(),
+            "resident": {workload: pick and pick.resident for workload, pick in self.options.picks.items()},
+            "mode": {workload: pick and pick.mode for workload, pick in self.options.picks.items()},
             **{name: getattr(self.options, name) for name in names},
         }
 
@@ -164,8 +176,8 @@ class Results:
                     better = True if metric == "throughput" else None
                     where = {"workload": workload, **_where(self.engines(system, workload)[1])}
                     found.append(Figure(CASE, metric, subject, unit, where, samples, better))
-            for (_, resident), reason in ((k, v) for k, v in self.failed.items() if k[0] == system):
-                found.append(Figure(CASE, "run", subject, "", _where(resident), status="error", reason=reason))
+            for (_, pick), reason in ((k, v) for k, v in self.failed.items() if k[0] == system):
+                found.append(Figure(CASE, "run", subject, "", _where(pick), status="error", reason=reason))
             if system in self.unavailable:
                 found.append(Figure(CASE, "run", subject, "", status="unavailable", reason=self.unavailable[system]))
         return found + self._ratios()
@@ -174,14 +186,14 @@ class Results:
         # A bar says something of GPUs alone, one for each engine, at full size.
         held = self.options.backend != "host" and self.options.gpus == self.options.replicas and not self.options.quick
         found: list[Figure] = []
-        for (system, resident), starts in self.starts.items():
+        for (system, pick), starts in self.starts.items():
             theirs = self.starts.get(("dp", None), [])
             if system.startswith(OWN) and theirs:
                 from_disk = self.options.weights == "checkpoint" and self.options.cold
                 bar = Bar(START_OVER_DP, at_least=False) if held and from_disk else None
                 over = tuple(a / b for a, b in zip(starts, theirs, strict=False))
                 subject = system.replace("-", "_")
-                found.append(Figure(CASE, "start_over_dp", subject, "x", _where(resident), over, False, bar))
+                found.append(Figure(CASE, "start_over_dp", subject, "x", _where(pick), over, False, bar))
         best: list[float] = []
         for workload in self.options.workloads:
             for own in self.own:
@@ -203,8 +215,9 @@ class Results:
 _FACTORS = ("step_time", "tokens_a_step", "preemptions", "copy_rate", "requests", "idle")
 
 
-def _where(resident: int | None) -> dict[str, int | str]:
-    return {} if resident is None else {"resident": resident}
+def _where(pick: Pick | None) -> dict[str, int | str]:
+    """Mode auto is what the system's name says."""
+    return {} if pick is None else {"resident": pick.resident, **({} if pick.mode == "auto" else {"mode": pick.mode})}
 
 
 def system_word(system: str) -> str:
@@ -242,16 +255,16 @@ def render(results: Results, console: Console) -> None:
         "idle": "idle",
     }
     why = Table(title="medians that explain it", title_justify="left")
-    for name in ("in:out:prompts", "system", "resident", "start, s", "KV tokens an engine", *metrics.values()):
+    for name in ("in:out:prompts", "system", "picked", "start, s", "KV tokens an engine", *metrics.values()):
         why.add_column(name, justify="right", overflow="fold")
     for workload in results.options.workloads:
         for system in systems:
             if (system, workload) in results.samples:
                 key = results.engines(system, workload)
                 start, kv = statistics.median(results.starts[key]), statistics.median(results.kv_tokens[key])
-                resident = "" if key[1] is None else str(key[1])
+                pick = "" if key[1] is None else str(key[1])
                 cells = [f"{results.median(system, workload, metric):.4g}" for metric in metrics]
-                why.add_row(workload, system_word(system), resident, f"{start:.1f}", f"{kv:.0f}", *cells)
+                why.add_row(workload, system_word(system), pick, f"{start:.1f}", f"{kv:.0f}", *cells)
     if why.row_count:
         console.print(why)
     render_notes(results.figures(), console)

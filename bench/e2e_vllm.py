@@ -31,7 +31,7 @@ from sidp_runtime.integrations.vllm.settings import PoolSettings
 from sidp_runtime.planner import GpuProfile, MemorySettings, ModelShape, Plan, Planner, Workload
 
 from . import e2e_table, vllm_engine
-from .e2e_table import Results, Sample
+from .e2e_table import Pick, Results, Sample
 from .engines import EngineError, Engines, Serve
 from .environment import environment, num_gpus
 from .harness import Report
@@ -60,15 +60,15 @@ def main(arguments: Sequence[str] | None = None, serve: Serve = vllm_engine.serv
         logs = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sidp-e2e-")))
         for number in range(options.rounds):
             for system in order(options.systems, number):
-                for resident, chosen in starts(system, options).items():
-                    if (system, resident) in results.failed:
+                for pick, chosen in starts(system, options).items():
+                    if (system, pick) in results.failed:
                         continue
-                    folder = logs / f"{system}-{number}{'' if resident is None else f'-{resident}'}"
+                    folder = logs / "-".join(map(str, (system, number, *(pick or ()))))
                     try:
-                        _measure(system, resident, chosen, options, results, serve, folder, save)
+                        _measure(system, pick, chosen, options, results, serve, folder, save)
                     except EngineError as error:
-                        with_ = "" if resident is None else f"with {resident} resident layers: "
-                        results.failed[system, resident] = with_ + str(error)
+                        with_ = "" if pick is None else f"with {pick}: "
+                        results.failed[system, pick] = with_ + str(error)
                         console.print(f"{system}: {with_}{error}", markup=False, highlight=False)
                     save()
     e2e_table.render(results, console)
@@ -91,8 +91,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan-for",
         metavar="GPU",
-        help="as sidp plan --gpu takes it: SiDP is started for each number of resident layers that the planner picks; "
-        "steps padded to the cudagraph_capture_sizes of --engine",
+        help="as sidp plan --gpu takes it: SiDP is started for each number of resident layers and mode that the "
+        "planner picks; steps padded to the cudagraph_capture_sizes of --engine",
     )
     parser.add_argument("--engine", type=_object, default={}, help="arguments of vllm.LLM for all, a JSON object")
     parser.add_argument("--quick", action="store_true", help="does it run? Few prompts and little memory, no figure")
@@ -119,16 +119,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.plan_for and "resident_layers" in options.sidp:
         parser.error("--sidp names resident layers, and --plan-for has the planner pick them")
     if options.plan_for and ("mode" in options.sidp or {"sidp-was", "sidp-cas"} & set(options.systems)):
-        parser.error("--plan-for plans for mode auto, and a mode is given")
+        parser.error("--plan-for has the planner pick the mode, and one is given")
     if options.plan_for and options.quick:
         parser.error("--plan-for plans for engines of full size, and --quick has small ones")
     try:
-        planned = {w: plan(w, options).resident_layers if options.plan_for else None for w in options.workloads}
+        plans = {w: plan(w, options) if options.plan_for else None for w in options.workloads}
     except (SidpError, TypeError) as error:  # a setting of the engines of another type
         parser.error(f"--plan-for {options.plan_for}: {error}")
-    options.resident = {w: None if layers is None else len(layers) for w, layers in planned.items()}
-    # Of two workloads with one count and two modes the last one's: a start has one set of layers
-    options.resident_layers = {len(layers): layers for layers in planned.values() if layers is not None}
+    options.picks = {w: found and Pick(len(found.resident_layers), found.mode) for w, found in plans.items()}
+    # Where steps of two workloads with one pick are in other modes, the last one's: a start has one set of layers
+    options.resident_layers = {options.picks[w]: found.resident_layers for w, found in plans.items() if found}
     options.begun = time.monotonic()
     if options.quick:
         share = options.gpus / options.replicas if options.gpus else 1.0
@@ -184,12 +184,11 @@ def job(workload: str) -> list[Workload]:
     return [*parts, Workload(length, long[0], num_long)] if num_long else parts
 
 
-def starts(system: str, options: argparse.Namespace) -> dict[int | None, list[tuple[str, int]]]:
-    """For each start of the system in a round, by resident layers: workloads and how often each is sampled."""
-    found: dict[int | None, list[tuple[str, int]]] = {}
+def starts(system: str, options: argparse.Namespace) -> dict[Pick | None, list[tuple[str, int]]]:
+    """For each start of the system in a round, by what was picked: workloads and how often each is sampled."""
+    found: dict[Pick | None, list[tuple[str, int]]] = {}
     for workload, repeats in zip(options.workloads, options.repeats, strict=True):
-        resident = e2e_table.num_resident(options, system, workload)
-        found.setdefault(resident, []).append((workload, repeats))
+        found.setdefault(e2e_table.picked(options, system, workload), []).append((workload, repeats))
     return found
 
 
@@ -199,15 +198,15 @@ def order(systems: Sequence[str], number: int) -> list[str]:
     return [*systems[turn:], *systems[:turn]]
 
 
-def engine_settings(system: str, options: argparse.Namespace, resident: int | None = None) -> list[dict[str, Any]]:
-    """For each engine of the system, what ``serve`` is told. ``resident``: how many layers each keeps."""
+def engine_settings(system: str, options: argparse.Namespace, pick: Pick | None = None) -> list[dict[str, Any]]:
+    """For each engine of the system, what ``serve`` is told."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mode = {"mode": system.partition("-")[2] or "auto"}
     pool = {"world_size": options.replicas, "backend": options.backend, "weights": options.weights, **mode}
-    if resident is not None:
-        pool["resident_layers"] = options.resident_layers[resident]
+    if pick is not None:
+        pool |= {"resident_layers": options.resident_layers[pick], "mode": pick.mode}
     common = {name: getattr(options, name) for name in ("model", "replicas", "weights", "engine", "gpus")}
     common |= {"system": system, "port": port, "token": secrets.token_hex(16), "pool": {**pool, **options.sidp}}
     return [{**common, "rank": rank} for rank in range(1 if system == "tp" else options.replicas)]
@@ -215,7 +214,7 @@ def engine_settings(system: str, options: argparse.Namespace, resident: int | No
 
 def _measure(
     system: str,
-    resident: int | None,
+    pick: Pick | None,
     chosen: Sequence[tuple[str, int]],
     options: argparse.Namespace,
     results: Results,
@@ -238,14 +237,14 @@ def _measure(
     if options.cold:
         leave_page_cache(Path(options.model))
     start = time.monotonic()
-    results.order.append(system if resident is None else f"{system}, {resident} resident")
+    results.order.append(system if pick is None else f"{system}, {pick}")
     vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
-    settings = engine_settings(system, options, resident)
+    settings = engine_settings(system, options, pick)
     engines = Engines(serve, settings, logs)
     grace_s = 0.0  # of engines that failed, or stand beside one that did
     try:
         ready = engines.answers(first_limit)
-        results.started(system, resident, time.monotonic() - start, ready)
+        results.started(system, pick, time.monotonic() - start, ready)
         for workload, repeats in chosen:
             _sample(engines, len(ready), warm_up(requests(workload, -1, vocabulary), len(ready)), limit())
             for repeat in range(repeats):

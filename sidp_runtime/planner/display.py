@@ -7,7 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .memory import non_zero
-from .planner import CAS_MEASURED_REPLICAS, HIDDEN_WITHIN, Plan, Scheme
+from .planner import HIDDEN_WITHIN, Plan, Scheme
+from .step_time import CAS_MEASURED_REPLICAS
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -95,7 +96,7 @@ def _findings(plan: Plan) -> list[str]:
     fit = best.device.sequences
     found = [
         f"best residency: {best.num_resident} of {plan.shape.num_layers} layers on every replica"
-        f"{_which(plan.resident_layers)}{_against(plan, best)}"
+        f"{_which(plan.resident_layers)}, mode {plan.mode}{_against(plan, best)}"
     ]
     if plan.kv_gain is not None:
         found.append(f"KV of SiDP: {plan.kv_gain:.2f} x plain DP")
@@ -104,7 +105,7 @@ def _findings(plan: Plan) -> list[str]:
         f"{_count(limits.hidden_from_sequences, fit)} sequences on, in steps of prompts from "
         f"{_count(limits.hidden_from_prompt_tokens)} tokens on"
     )
-    if limits.cas_below is not None:
+    if limits.cas_below is not None and plan.mode != "was":
         found.append(
             f"CaS is predicted faster{_unmeasured(plan)} in decode steps of fewer than "
             f"{_count(limits.cas_below, fit)} sequences"

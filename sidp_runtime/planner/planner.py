@@ -10,18 +10,17 @@ from typing import Any
 from .. import _C
 from ..errors import CapacityError, ConfigError
 from ..placement import choose_resident_layers
-from . import memory, step_time
+from . import memory, step_time, warnings
 from .gpus import GpuProfile
 from .job import Engine
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
-from .step_time import StepLoad, StepTimes, Streamed
+from .step_time import CAS_MEASURED_REPLICAS, StepLoad, StepTimes, Streamed
 from .workload import Workload
 
-CAS_MEASURED_REPLICAS = 4  # with up to so many CaS may decide; with more it was not measured
 HIDDEN_WITHIN = 0.05  # a stream that lengthens the step by no more counts as hidden
 _LARGEST_STEP = 1 << 20  # tokens; a threshold beyond is none
-_LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
+WAS_WITHIN = 0.01  # of the rate of the faster modes: engines are given mode "was" then
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,14 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the fastest.
+    """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the one to run.
 
     With up to ``CAS_MEASURED_REPLICAS`` replicas each residency is in its faster mode, in a job at each step, with more
     in WaS. ``cas``: the fastest residency in CaS of more replicas, which was not measured and decides nothing; else
     None. ``job``: its parts, of which ``workload`` is the mean; of an endless queue there are none.
+
+    ``mode``: what engines are to be given. ``was`` if one residency in WaS alone, which needs no mailbox, starts sooner
+    and leaves vLLM's graphs whole, is within ``WAS_WITHIN`` of the fastest; that one is ``best`` then. Else ``auto``.
     """
 
     shape: ModelShape
@@ -79,6 +81,7 @@ class Plan:
     tp: list[Scheme]
     residency: list[Scheme]
     best: Scheme
+    mode: str
     cas: Scheme | None
     thresholds: Thresholds
     speedup: float | None  # of best over plain DP; None where one of the two does not fit
@@ -98,7 +101,7 @@ class Plan:
 
     def rows(self) -> list[Scheme]:
         """The schemes of the tables: DP, TP, SiDP, the best residency where it is another, and CaS."""
-        more = [] if self.best is self.sidp else [self.best]
+        more = [self.best] if self.best.num_resident else []
         return [self.dp, *self.tp, self.sidp, *more, *([] if self.cas is None else [self.cas])]
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,7 +159,7 @@ class Planner:
             found = _fastest(asking)
             if found.mode == _C.Mode.CAS.name:
                 cas = replace(found, name=f"{found.name} *")
-        best = _fastest(residency)
+        best, mode = self._to_run(workload, job, residency)
         longest = max((workload, *job), key=lambda part: part.context)
         if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
             self._raise_nothing_fits(longest, residency[0].device)
@@ -171,21 +174,45 @@ class Planner:
             tp=tp,
             residency=residency,
             best=best,
+            mode=mode,
             cas=cas,
             thresholds=self.thresholds(workload, best.num_resident or 0),
             speedup=_ratio(best.tokens_per_s, dp.tokens_per_s),
             kv_gain=_ratio(residency[0].group_kv_tokens, dp.group_kv_tokens),
             warnings=[],
         )
-        return replace(plan, warnings=self._warnings(plan, longest))
+        return replace(plan, warnings=warnings.of(plan, longest, self.step_tokens))
 
-    def _residency(self, workload: Workload, job: Sequence[Workload], cas: bool, *, was: bool = True) -> list[Scheme]:
-        """SiDP with 0, 1, ... resident layers, each in the fastest of the modes that it may have."""
-        counts = range(self.shape.num_layers)
+    def _residency(
+        self,
+        workload: Workload,
+        job: Sequence[Workload],
+        cas: bool,
+        *,
+        was: bool = True,
+        counts: Sequence[int] | None = None,
+    ) -> list[Scheme]:
+        """SiDP with 0, 1, ... resident layers, or ``counts``, each in the fastest of the modes that it may have."""
+        counts = range(self.shape.num_layers) if counts is None else counts
         if job:
             return [self._sidp_job(workload, job, k, was=was, cas=cas) for k in counts]
         modes = [mode for mode, wanted in ((False, was), (True, cas)) if wanted]
         return [_fastest([self._sidp(workload, k, cas=mode) for mode in modes]) for k in counts]
+
+    def _to_run(self, workload: Workload, job: Sequence[Workload], residency: list[Scheme]) -> tuple[Scheme, str]:
+        """The fastest, or one in WaS alone that is nearly as fast, and the engines' mode."""
+        best = _fastest(residency)
+        if best.tokens_per_s is None:
+            return best, "auto"
+        enough = (1 - WAS_WITHIN) * best.tokens_per_s
+        counts = [
+            s.num_resident or 0 for s in residency if (s.tokens_per_s or 0) >= enough
+        ]  # the others are slower in WaS
+        alone = replace(self, settings=replace(self.settings, max_rows=0))._residency(
+            workload, job, False, counts=counts
+        )
+        found = _fastest(alone)
+        return (found, "was") if (found.tokens_per_s or 0) >= enough else (best, "auto")
 
     def thresholds(self, workload: Workload, num_resident: int) -> Thresholds:
         """Where the modes cross with ``num_resident`` resident layers."""
@@ -306,60 +333,6 @@ class Planner:
         rate = None if seconds is None else units * load.decode_rows / seconds
         kv_tokens = units * device.kv_tokens if device.fits else 0
         return Scheme(name, kind, num_resident, degree, device, kv_tokens, load.decode_rows, mode, seconds, times, rate)
-
-    def _warnings(self, plan: Plan, longest: Workload) -> list[str]:
-        dp, best, cas = plan.dp, plan.best, plan.cas
-        found = list(self.shape.notes)
-        if best.tokens_per_s is None:
-            found.append(f"SiDP does not fit a sequence of {longest.context} tokens; another scheme does")
-        elif dp.tokens_per_s is not None and best.tokens_per_s <= dp.tokens_per_s:
-            loss = 1 - best.tokens_per_s / dp.tokens_per_s
-            found.append(
-                f"SiDP loses {loss:.1%} to plain DP even with {best.num_resident} of {self.shape.num_layers} layers "
-                f"resident: {best.tokens_per_s:.0f} against {dp.tokens_per_s:.0f} tokens/s. Run plain DP"
-            )
-        for scheme in plan.tp:
-            if best.tokens_per_s and scheme.tokens_per_s and scheme.tokens_per_s > best.tokens_per_s:
-                found.append(
-                    f"{scheme.name} is predicted {scheme.tokens_per_s / best.tokens_per_s - 1:.1%} faster than SiDP "
-                    f"({scheme.tokens_per_s:.0f} tokens/s), by an estimate"
-                )
-        if cas is not None and cas.times is not None:
-            found.append(
-                f"* CaS was measured with up to {CAS_MEASURED_REPLICAS} replicas, not with {self.replicas}, and "
-                f"decides nothing: {cas.times.cas_s * 1e3:.1f} ms a step of at most {self.settings.max_rows} rows, "
-                "prompts in chunks, if they too follow each other through the owners (--cas-rows 0 leaves it out)"
-            )
-        if best.mode == _C.Mode.CAS.name:
-            found.append(
-                f"SiDP is planned in CaS{',' if plan.job else ', prompts in chunks,'} in steps of up to "
-                f"{self.settings.max_rows} rows. How long replicas wait for each other "
-                "there is fitted to vLLM on two H200, and elsewhere a guess"
-            )
-        if self.gpu.nvlink_domain is not None and self.replicas > self.gpu.nvlink_domain:
-            found.append(
-                f"{self.replicas} replicas are more than the {self.gpu.nvlink_domain} of one NVLink domain of "
-                f"{self.gpu.name}; links between domains are slower than planned"
-            )
-        if self.replicas > _C.LARGEST_SIMULATED:
-            found.append(
-                f"waiting at owners' links was simulated for {_C.LARGEST_SIMULATED} replicas, not {self.replicas}"
-            )
-        if self.gpu.origin != "measured":
-            found.append(f"{self.gpu.name}: no measurement; rates are a datasheet's, scaled (docs/model.md)")
-        sampled = int(best.batch * (1 + 1 / plan.workload.output_tokens)) + 1
-        needed = memory.activation_bytes(self.shape, self.step_tokens, sampled)
-        if needed > self.settings.workspace_bytes:
-            found.append(
-                f"activations of a step need about {needed / 2**30:.1f} GiB, the workspace is "
-                f"{self.settings.workspace_bytes / 2**30:.1f} GiB: raise it or lower step_tokens"
-            )
-        if self.shape.model_type not in _LOADED_MODEL_TYPES:
-            found.append(
-                f"model type {self.shape.model_type!r} is planned, but the transformers integration loads only "
-                f"{', '.join(_LOADED_MODEL_TYPES)}"
-            )
-        return found
 
     def _raise_nothing_fits(self, workload: Workload, device: DeviceMemory) -> None:
         kv = memory.KvCache(self.shape, workload.context, self.settings.block_tokens).sequence_bytes(workload.context)

@@ -17,6 +17,7 @@ OPS_PER_LAYER = 3
 #: Fitted to decode steps of vLLM on two H200, which are all within 5 % with both and up to 11 % short without
 #: (``docs/model.md``).
 CAS_WAIT_S = 40e-6
+CAS_MEASURED_REPLICAS = 4  # with up to so many CaS may decide; with more it was not measured
 
 
 @dataclass(frozen=True)

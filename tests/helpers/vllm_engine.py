@@ -165,7 +165,9 @@ class EngineProcess:
 
 
 @contextlib.contextmanager
-def engines_of(model: Path, folder: Path, kv_bytes: Sequence[int], **more: Any) -> Iterator[list[EngineProcess]]:
+def engines_of(
+    model: Path, folder: Path, kv_bytes: Sequence[int], pool: dict[str, Any] | None = None, **more: Any
+) -> Iterator[list[EngineProcess]]:
     """Two engines with a pool, still starting, with room for their KV caches."""
     token = secrets.token_hex(16)
     store, host, port = _torch.make_store_server()
@@ -178,7 +180,14 @@ def engines_of(model: Path, folder: Path, kv_bytes: Sequence[int], **more: Any) 
                 EngineProcess(
                     str(model),
                     str(folder / f"{rank}.log"),
-                    {"rank": rank, "store": f"{host}:{port}", "own": own, "world_size": 2, "max_rows": 64},
+                    {
+                        "rank": rank,
+                        "store": f"{host}:{port}",
+                        "own": own,
+                        "world_size": 2,
+                        "max_rows": 64,
+                        **(pool or {}),
+                    },
                     kv_cache_memory_bytes=kv_bytes[rank],
                     **more,
                 )

@@ -15,7 +15,7 @@ import pytest
 from helpers import fake_engine
 
 from bench import e2e_vllm
-from bench.e2e_table import Results
+from bench.e2e_table import Pick, Results
 from bench.harness import Report
 from sidp_runtime.planner import Planner, Workload
 from sidp_runtime.planner.model_shape import bundled_config
@@ -163,16 +163,18 @@ def test_a_workload_has_its_own_number_of_samples(model: Path) -> None:
 
 def test_sidp_is_started_for_each_residency_that_the_planner_picks(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(bundled_config("Qwen/Qwen3-32B")))
-    words = ("--plan-for", "H200", "--workloads", "512:2048:208,8192:64:24,512:2048:260", "--repeats", "1")
+    words = ("--plan-for", "H200", "--workloads", "512:2048:208,8192:64:24,512:128:24,512:2048:260", "--repeats", "1")
     rate = {"dp": 1e6, "sidp": 1e5}
     code, report, ran = run(model, "dp,sidp", *words, rate=rate, gpu_memory_utilization=0.57, max_num_seqs=256)
     assert code == 0
-    assert ran["resident"] == {"512:2048:208": 0, "8192:64:24": 40, "512:2048:260": 0}
-    assert ran["order"] == ["dp", "sidp, 0 resident", "sidp, 40 resident"]
+    assert ran["resident"] == {"512:2048:208": 0, "8192:64:24": 40, "512:128:24": 62, "512:2048:260": 0}
+    assert ran["mode"] == {"512:2048:208": "auto", "8192:64:24": "auto", "512:128:24": "was", "512:2048:260": "auto"}
+    assert ran["order"] == ["dp", "sidp, 0 resident", "sidp, 40 resident", "sidp, 62 resident, mode was"]
     found = rows(report)
     assert {key for key in found if "/over_dp/" in key} == {
         "e2e_vllm/over_dp/sidp workload=512:2048:208 resident=0",
         "e2e_vllm/over_dp/sidp workload=8192:64:24 resident=40",
+        "e2e_vllm/over_dp/sidp workload=512:128:24 resident=62 mode=was",
         "e2e_vllm/over_dp/sidp workload=512:2048:260 resident=0",
     }
     assert found["e2e_vllm/kv_of_an_engine/dp"].samples == (1000, 1000)
@@ -192,22 +194,23 @@ def test_a_residency_that_fails_leaves_the_others(model: Path) -> None:
     assert code == 1
     assert ran["order"] == ["sidp, 40 resident", "sidp, 0 resident", "sidp, 0 resident"]
     found = rows(report)
-    assert found["e2e_vllm/run/sidp resident=40"].reason.startswith("with 40 resident layers: engine 0: ValueError")
+    assert found["e2e_vllm/run/sidp resident=40"].reason.startswith("with 40 resident: engine 0: ValueError")
     assert len(found["e2e_vllm/throughput/sidp workload=512:2048:208 resident=0"].samples) == 2
 
 
 def test_the_planner_is_asked_about_these_engines() -> None:
-    def resident(workload: str, *more: str) -> int:
+    def pick(workload: str, *more: str) -> tuple[int, str]:
         words = ["--model", "Qwen/Qwen3-32B", "--workloads", workload, "--plan-for", "H200", *more]
-        picked: int = e2e_vllm.parse(words).resident[workload]
-        return picked
+        options = e2e_vllm.parse(words)
+        (pool,) = {str(s["pool"]["mode"]) for s in e2e_vllm.engine_settings("sidp", options, options.picks[workload])}
+        return options.picks[workload].resident, pool
 
     small = ("--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 256}')
-    assert resident("1024:128:192") == 62
-    assert resident("1024:128:192", *small) == 32
-    assert resident("512:2048:208", *small) == 0
-    assert resident("512:2048:208", "--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 16}') == 62
-    assert resident("512:326:160", *small) < resident("512:128:160:4096", *small)  # which has a tail
+    assert pick("1024:128:192") == (62, "was")
+    assert pick("1024:128:192", *small) == (32, "auto")
+    assert pick("512:2048:208", *small) == (0, "auto")
+    assert pick("512:2048:208", "--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 16}') == (62, "was")
+    assert pick("512:326:160", *small) < pick("512:128:160:4096", *small)  # which has a tail
     assert e2e_vllm.job("512:128:160:4096") == [Workload(512, 128, 152), Workload(512, 4096, 8)]
     assert e2e_vllm.job("512:128:2:4096") == [Workload(512, 128, 2)]
 
@@ -230,7 +233,8 @@ def test_the_planner_pads_as_the_engines_do(monkeypatch: pytest.MonkeyPatch) -> 
 def test_engines_keep_the_layers_that_the_plan_names() -> None:
     words = ["--model", "Qwen/Qwen3-32B", "--workloads", "4096:512:48,8192:64:24", "--plan-for", "H200"]
     options = e2e_vllm.parse([*words, "--engine", '{"gpu_memory_utilization": 0.57, "max_num_seqs": 256}'])
-    runs, apart = (e2e_vllm.engine_settings("sidp", options, count)[1]["pool"]["resident_layers"] for count in (10, 40))
+    engines = [e2e_vllm.engine_settings("sidp", options, Pick(count, "auto"))[1] for count in (10, 40)]
+    runs, apart = (settings["pool"]["resident_layers"] for settings in engines)
     assert runs == list(range(54, 64))
     assert apart == [layer * 64 // 40 for layer in range(40)]
 
@@ -243,7 +247,7 @@ def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--engine", "[]"), "no JSON object"),
         (("--plan-for", "H200", "--sidp", '{"resident_layers": [1]}'), "has the planner pick them"),
         (("--plan-for", "H2000"), "--plan-for H2000"),
-        (("--plan-for", "H200", "--systems", "dp,sidp-was"), "a mode is given"),
+        (("--plan-for", "H200", "--systems", "dp,sidp-was"), "has the planner pick the mode"),
         (("--plan-for", "H200", "--quick"), "--quick has small ones"),
         (("--repeats", "0"), "a whole number above 0, or one for each workload"),
         (("--repeats", "3,1"), "--repeats 3,1: a whole number above 0, or one for each workload"),

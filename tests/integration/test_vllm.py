@@ -169,6 +169,29 @@ def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
             assert seen["replayed"] > seen["captured"] > 3 * LAYERS
 
 
+@pytest.mark.parametrize("mode", ["was", "auto"])
+def test_resident_layers_are_vllms_own(pair: Pair, model: Path, tmp_path: Path, mode: str) -> None:
+    """In mode was without any operator; else with those at which a CaS step takes turns. Tokens stay plain vLLM's."""
+    resident = [0, 7, 8, LAYERS - 1]
+    others = LAYERS - len(resident)
+    more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
+    pool = {"mode": mode, "resident_layers": resident}
+    environment = static_graphs.ENVIRONMENT
+    with engines_of(model, tmp_path, KV_BYTES, pool, environment=environment, **more) as engines:
+        kept = Pair(engines, [engine.answer() for engine in engines], pair.expected, pair.loads)
+        for pinned in ("was",) if mode == "was" else ("was", "cas"):
+            kept.pin(pinned)
+            kept.check()
+        for engine, stats in zip(engines, kept.stats(), strict=True):
+            seen, _, _ = engine.ask(static_graphs.report)
+            around = others if mode == "was" else LAYERS
+            assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == around
+            assert seen["sidp.vllm_compute"] == (0 if mode == "was" else 3 * others)
+            assert stats["fetches"] == NEW_TOKENS * others // 2
+            requests = 0 if mode == "was" else NEW_TOKENS * 3 * others // 2
+            assert sum(stats["requests_by_peer"]) == requests
+
+
 def test_job_of_three_engines_outlives_one(pair: Pair, model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     source, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"id": t, "prompt": t, "raw": True}) + "\n" for t in TEXTS))

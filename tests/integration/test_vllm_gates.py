@@ -221,8 +221,10 @@ def test_the_compile_cache_tells_graphs_apart_whatever_was_left_out(monkeypatch:
         return str(given.compute_hash())
 
     plain = str(vllm.config.VllmConfig().compute_hash())
-    assert len({plain, key({}), key({"mode": "was"}), key({}, version=99), key({}, other_plugin=1)}) == 5
-    for pool in ({"mode": "cas"}, {"resident_layers": [1, 3]}, {"max_rows": 64, "ring_slots": 3, "world_size": 4}):
+    keep = {"resident_layers": [1, 3]}
+    assert len({plain, key({}), key({"mode": "was"}), key(keep), key({}, version=99), key({}, other_plugin=1)}) == 6
+    assert key(keep) == key({"resident_layers": [3, 1]})
+    for pool in ({"mode": "cas"}, {"max_rows": 64, "ring_slots": 3, "world_size": 4}):
         assert key(pool) == key({}), "shapes no graph"
     monkeypatch.setattr(settings, "PoolSettings", functools.partial(settings.PoolSettings, mode="was"))
     shapes = key({})  # as if another version had another default

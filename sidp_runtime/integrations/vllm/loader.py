@@ -261,7 +261,11 @@ class _ComputedMlp(nn.Module):
 
 
 def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, *, with_computes: bool) -> None:
-    """Makes each call of the model a step, and puts the operators around and into its decoder layers."""
+    """Makes each call of the model a step, and puts the operators around and into its decoder layers.
+
+    A layer that is resident has its own linears. With computes it has the operators around it all the same: a CaS step
+    takes turns there with what peers ask of its GPU. Without, it is vLLM's, and adds no piece to the graphs.
+    """
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -275,10 +279,12 @@ def install(model: nn.Module, blocks: Sequence[nn.Module], state: StepState, *, 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(end)
     for index, block in enumerate(blocks):
-        if with_computes:
+        resident = state.is_resident(index)
+        if with_computes and not resident:
             _install_computes(index, block, state)
-        block.register_forward_pre_hook(functools.partial(_before, index), with_kwargs=True)
-        block.register_forward_hook(functools.partial(_after, index))
+        if with_computes or not resident:
+            block.register_forward_pre_hook(functools.partial(_before, index), with_kwargs=True)
+            block.register_forward_hook(functools.partial(_after, index))
 
 
 def _before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

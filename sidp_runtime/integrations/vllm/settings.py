@@ -15,7 +15,7 @@ from ... import config as environment
 from ...errors import ConfigError
 
 #: To be raised with every change of the operators in the graphs, or of where they are put (``step.py``, ``loader.py``).
-OPS_VERSION = 2
+OPS_VERSION = 3
 
 MODES = ("auto", "was", "cas")
 WEIGHTS = ("checkpoint", "dummy")
@@ -26,9 +26,10 @@ class PoolSettings:
     """``additional_config["sidp"]``: the same on every rank.
 
     ``world_size``: engines that share the weights; None: ``WORLD_SIZE``, as torchrun sets it. ``mode``: ``was``
-    compiles to vLLM's own linears; ``auto`` and ``cas`` put an operator around each. ``max_rows``: tokens of the
-    largest CaS step. ``resident_layers``: decoder layers that every rank keeps. ``weights``: ``dummy`` makes them up,
-    each from its name. ``equal_kv``: all engines take the smallest KV budget among them.
+    compiles to vLLM's own linears; ``auto`` and ``cas`` put an operator around each but in resident layers.
+    ``max_rows``: tokens of the largest CaS step. ``resident_layers``: decoder layers that every rank keeps.
+    ``weights``: ``dummy`` makes them up, each from its name. ``equal_kv``: all engines take the smallest KV budget
+    among them.
     """
 
     world_size: int | None = None
@@ -114,10 +115,14 @@ def read(vllm_config: Any) -> Settings:
 def key_graphs(vllm_config: Any, pool: PoolSettings) -> None:
     """In what vLLM keys its compile cache by, has what shapes the graphs stand for the pool's settings.
 
-    Before vLLM compiles, and once the settings were read. Which layers are resident, say, shapes no graph: an engine
-    that keeps others finds what was compiled. Which operators this version calls, or a default, does.
+    Before vLLM compiles, and once the settings were read. How many rows a request holds, say, shapes no graph: an
+    engine that holds others finds what was compiled. Which operators this version calls, in which layers, does.
     """
-    shape = {"ops_version": OPS_VERSION, "computes": pool.mode != "was"}
+    shape = {
+        "ops_version": OPS_VERSION,
+        "computes": pool.mode != "was",
+        "resident_layers": sorted(set(pool.resident_layers)),
+    }
     others = {name: value for name, value in vllm_config.additional_config.items() if name != "sidp"}
     vllm_config.additional_config = {**others, "sidp_graph": shape}
 

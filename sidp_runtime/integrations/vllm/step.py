@@ -1,7 +1,7 @@
 """The step that vLLM's model is in, and the operators that its graphs call.
 
-The operators are the same in every layer on every rank, and what they do is decided when they run: engines that share a
-cache of compiled graphs own different layers, and a step's mode is chosen when it begins.
+The operators are the same on every rank, and what they do is decided when they run: engines that share a cache of
+compiled graphs own different layers, and a step's mode is chosen when it begins.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ class StepState:
         finally:
             for (linear, _), operator in zip(self.methods, operators, strict=True):
                 linear.quant_method = operator
+
+    def is_resident(self, layer: int) -> bool:
+        """Whether every engine has the layer."""
+        return self.runtime.pool.placement.is_resident(layer)
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
