@@ -69,14 +69,17 @@ class ModePolicy:
         ``device``: ordinal of the GPU that the pool lies on; None: the host. ``pool``: the link is measured through its
         peer mapping where no profile has it, and nothing else of a profile anew. A stored profile of another machine,
         other versions or another schema, or a damaged one, is measured again. ``ConfigError`` if a link can be neither
-        measured nor looked up, ``CapacityError`` if the GPU has no room to measure.
+        measured nor looked up, ``CapacityError`` if the GPU has no room to measure. With one mode ``fixed`` there is
+        nothing to choose: without a stored profile a GPU that is known has its link measured alone, and nothing stored.
 
         Of a GPU whose rates are known, a short measurement of less than half of one, as on a busy GPU, is made twice,
         used with a ``DoubtfulProfileWarning`` and not stored. What ``sidp calibrate`` measured is not doubted.
         """
         path = cache_path(device)
         profile = _stored(path, device)
-        if profile is None:
+        if profile is None and isinstance(fixed, Mode) and (known := _known_rates(device)) is not None:
+            profile = _with_link(known, measure_link(device, pool))
+        elif profile is None:
             profile = _less_doubtful(lambda: measure(device, pool), device)
             key = machine_profile.machine_key(device)
             source = "in short, by the first process that needed it; `sidp calibrate` measures with two ranks"

@@ -266,6 +266,16 @@ def test_what_a_busy_gpu_gives_is_measured_twice_used_and_not_kept(busy: list[fl
     assert not busy
 
 
+def test_where_one_mode_is_fixed_a_known_gpu_has_its_link_measured_alone(busy: list[float], cache: Path) -> None:
+    busy += [3e8, 6e9]
+    found = ModePolicy.calibrated(fixed=Mode.WAS)
+    assert found.profile == replace(MEASURED, copy_bytes_per_s=3e8)
+    assert not cache.exists()
+    assert ModePolicy.calibrated(fixed={4: Mode.WAS}).profile.assumed == ("round_trip_us",)  # measured and stored
+    assert ModePolicy.calibrated(fixed=Mode.WAS).profile.assumed == ("round_trip_us",)
+    assert not busy
+
+
 def test_of_two_measurements_the_less_doubtful_one_is_taken(
     cache: Path, busy: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

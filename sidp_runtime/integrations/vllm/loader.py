@@ -111,8 +111,8 @@ class SidpModelLoader(BaseModelLoader):  # type: ignore[misc]
             taken.mark("model")
             with torch.no_grad():
                 captured = compat.captured_rows(vllm_config)
-                # Free: a mode that was asked for is pinned, as steps of too many rows must be WaS
-                policy = ModePolicy.calibrated_in_turns(pool)
+                # In mode cas free: a mode that was asked for is pinned, as steps of too many rows must be WaS
+                policy = ModePolicy.calibrated_in_turns(pool, fixed=Mode.WAS if chosen.pool.mode == "was" else None)
                 taken.mark("profile")
                 runtime = _make_runtime(
                     pool, policy, chosen, offloader.blocks, model_config.dtype, captured, owners_engines
