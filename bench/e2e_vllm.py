@@ -79,7 +79,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with what follows from others filled in. Wrong ones end the program (exit code 2)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--systems", default="dp,tp,sidp", help=f"of {', '.join(SYSTEMS)}; sidp: mode auto")
+    parser.add_argument(
+        "--systems", default="dp,tp,sidp", help=f"of {', '.join(SYSTEMS)}; sidp: mode auto, or as planned"
+    )
     parser.add_argument("--replicas", type=int, default=2, help="engines of dp and sidp, GPUs of tp")
     parser.add_argument("--workloads", help="in:out:prompts[:long out for 5 %% of them],... [1024:128:512]")
     parser.add_argument("--repeats", help="samples at each start of a system, of all workloads or of each: 3,3,1 [3]")
@@ -127,7 +129,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except (SidpError, TypeError) as error:  # a setting of the engines of another type
         parser.error(f"--plan-for {options.plan_for}: {error}")
     options.picks = {w: found and Pick(len(found.resident_layers), found.mode) for w, found in plans.items()}
-    # Where steps of two workloads with one pick are in other modes, the last one's: a start has one set of layers
+    # Two workloads with one pick may want other layers (CaS has them in runs): a start has one set, the last one's
     options.resident_layers = {options.picks[w]: found.resident_layers for w, found in plans.items() if found}
     options.begun = time.monotonic()
     if options.quick:

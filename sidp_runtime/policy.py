@@ -78,7 +78,9 @@ class ModePolicy:
         path = cache_path(device)
         profile = _stored(path, device)
         if profile is None and isinstance(fixed, Mode) and (known := _known_rates(device)) is not None:
-            profile = _with_link(known, measure_link(device, pool))
+            marked = replace(known, assumed=("round_trip_us", "request_bytes_per_s", "copy_bytes_per_s"))
+            profile = _less_doubtful(lambda: _with_link(marked, measure_link(device, pool)), device)
+            _warn_of(doubts(profile, device), path)
         elif profile is None:
             profile = _less_doubtful(lambda: measure(device, pool), device)
             key = machine_profile.machine_key(device)
@@ -164,7 +166,7 @@ def _warn_of(found: list[str], path: Path) -> bool:
     if found:
         warnings.warn(
             f"measured far below what this GPU is known for, so it is not kept in {path}: {'; '.join(found)}. Another "
-            "process may use the GPU, and the modes chosen here may be the slower ones: start again when it is free. "
+            "process may use the GPU, and what is predicted by it may be wrong: start again when it is free. "
             "If it is what this machine gives (a link over PCIe, a part of a GPU), run `sidp calibrate` once, whose "
             "profile is kept",
             DoubtfulProfileWarning,

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from .memory import non_zero
 from .planner import HIDDEN_WITHIN, Plan, Scheme
-from .step_time import CAS_MEASURED_REPLICAS
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -105,11 +104,8 @@ def _findings(plan: Plan) -> list[str]:
         f"{_count(limits.hidden_from_sequences, fit)} sequences on, in steps of prompts from "
         f"{_count(limits.hidden_from_prompt_tokens)} tokens on"
     )
-    if limits.cas_below is not None and plan.mode != "was":
-        found.append(
-            f"CaS is predicted faster{_unmeasured(plan)} in decode steps of fewer than "
-            f"{_count(limits.cas_below, fit)} sequences"
-        )
+    if limits.cas_below is not None:
+        found.append(f"CaS is predicted faster in decode steps of fewer than {_count(limits.cas_below, fit)} sequences")
     return found
 
 
@@ -125,10 +121,6 @@ def _which(layers: list[int]) -> str:
             runs.append([layer, layer])
     words = [f"{first}-{last}" if first < last else f"{first}" for first, last in runs]
     return f" ({', '.join(words)})"
-
-
-def _unmeasured(plan: Plan) -> str:
-    return "" if plan.replicas <= CAS_MEASURED_REPLICAS else f", not measured with {plan.replicas} replicas,"
 
 
 def _against(plan: Plan, best: Scheme) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 from .. import _C
 from ..errors import CapacityError, ConfigError
 from ..placement import choose_resident_layers
-from . import memory, step_time, warnings
+from . import memory, step_time
 from .gpus import GpuProfile
 from .job import Engine
 from .memory import DeviceMemory, MemorySettings
 from .model_shape import ModelShape
+from .plan_warnings import warnings_of
 from .step_time import CAS_MEASURED_REPLICAS, StepLoad, StepTimes, Streamed
 from .workload import Workload
 
@@ -64,11 +65,12 @@ class Plan:
     """What ``sidp plan`` shows. ``residency``: SiDP with 0, 1, ... resident layers; ``best``: the one to run.
 
     With up to ``CAS_MEASURED_REPLICAS`` replicas each residency is in its faster mode, in a job at each step, with more
-    in WaS. ``cas``: the fastest residency in CaS of more replicas, which was not measured and decides nothing; else
-    None. ``job``: its parts, of which ``workload`` is the mean; of an endless queue there are none.
+    in WaS alone. ``cas``: the fastest residency in CaS of more replicas, which was not measured and decides nothing;
+    else None. ``job``: its parts, of which ``workload`` is the mean; of an endless queue there are none.
 
     ``mode``: what engines are to be given. ``was`` if one residency in WaS alone, which needs no mailbox, starts sooner
-    and leaves vLLM's graphs whole, is within ``WAS_WITHIN`` of the fastest; that one is ``best`` then. Else ``auto``.
+    and has nothing between a layer's linears, is within ``WAS_WITHIN`` of the fastest, and not behind plain DP if that
+    one is ahead; it is ``best`` then. Else ``auto``.
     """
 
     shape: ModelShape
@@ -101,7 +103,7 @@ class Plan:
 
     def rows(self) -> list[Scheme]:
         """The schemes of the tables: DP, TP, SiDP, the best residency where it is another, and CaS."""
-        more = [self.best] if self.best.num_resident else []
+        more = [] if self.best is self.sidp else [self.best]
         return [self.dp, *self.tp, self.sidp, *more, *([] if self.cas is None else [self.cas])]
 
     def as_dict(self) -> dict[str, Any]:
@@ -152,17 +154,18 @@ class Planner:
         degrees = [1 << bit for bit in range(1, self.replicas.bit_length()) if self._splits(1 << bit)]
         tp = [self._whole(workload, job, degree) for degree in degrees]
         with_cas, measured = bool(self.settings.max_rows), self.replicas <= CAS_MEASURED_REPLICAS
-        residency = self._residency(workload, job, with_cas and measured)
+        planner = self if measured else self._was_alone
+        residency = planner._residency(workload, job, with_cas and measured)
         cas = None
         if with_cas and not measured:
             asking = self._residency(workload, job, True, was=False)
             found = _fastest(asking)
             if found.mode == _C.Mode.CAS.name:
                 cas = replace(found, name=f"{found.name} *")
-        best, mode = self._to_run(workload, job, residency)
+        best, mode = planner._to_run(workload, job, residency, dp)
         longest = max((workload, *job), key=lambda part: part.context)
         if all(scheme.tokens_per_s is None for scheme in (dp, *tp, best)):
-            self._raise_nothing_fits(longest, residency[0].device)
+            self._raise_nothing_fits(longest)
         plan = Plan(
             shape=self.shape,
             gpu=self.gpu,
@@ -176,12 +179,12 @@ class Planner:
             best=best,
             mode=mode,
             cas=cas,
-            thresholds=self.thresholds(workload, best.num_resident or 0),
+            thresholds=(self._was_alone if mode == "was" else self).thresholds(workload, best.num_resident or 0),
             speedup=_ratio(best.tokens_per_s, dp.tokens_per_s),
             kv_gain=_ratio(residency[0].group_kv_tokens, dp.group_kv_tokens),
             warnings=[],
         )
-        return replace(plan, warnings=warnings.of(plan, longest, self.step_tokens))
+        return replace(plan, warnings=warnings_of(plan, longest, self.step_tokens))
 
     def _residency(
         self,
@@ -199,20 +202,27 @@ class Planner:
         modes = [mode for mode, wanted in ((False, was), (True, cas)) if wanted]
         return [_fastest([self._sidp(workload, k, cas=mode) for mode in modes]) for k in counts]
 
-    def _to_run(self, workload: Workload, job: Sequence[Workload], residency: list[Scheme]) -> tuple[Scheme, str]:
+    @property
+    def _was_alone(self) -> Planner:
+        return replace(self, settings=replace(self.settings, max_rows=0))
+
+    def _to_run(
+        self, workload: Workload, job: Sequence[Workload], residency: list[Scheme], dp: Scheme
+    ) -> tuple[Scheme, str]:
         """The fastest, or one in WaS alone that is nearly as fast, and the engines' mode."""
         best = _fastest(residency)
-        if best.tokens_per_s is None:
-            return best, "auto"
-        enough = (1 - WAS_WITHIN) * best.tokens_per_s
+        if not self.settings.max_rows:
+            return best, "was"
+        rate, dp_rate = best.tokens_per_s or 0.0, dp.tokens_per_s or 0.0
+        enough = max((1 - WAS_WITHIN) * rate, dp_rate if dp_rate < rate else 0.0)
+        # Of a job, whose plan takes time, those that may have enough: without a mailbox there is a little more room
         counts = [
-            s.num_resident or 0 for s in residency if (s.tokens_per_s or 0) >= enough
-        ]  # the others are slower in WaS
-        alone = replace(self, settings=replace(self.settings, max_rows=0))._residency(
-            workload, job, False, counts=counts
-        )
-        found = _fastest(alone)
-        return (found, "was") if (found.tokens_per_s or 0) >= enough else (best, "auto")
+            k for k, s in enumerate(residency) if not job or (s.tokens_per_s or 0.0) >= (1 - 3 * WAS_WITHIN) * rate
+        ]
+        found = _fastest(self._was_alone._residency(workload, job, False, counts=counts))
+        if found.tokens_per_s is None or found.tokens_per_s < enough:
+            return best, "auto"
+        return replace(found, name=f"{found.name}, mode was"), "was"
 
     def thresholds(self, workload: Workload, num_resident: int) -> Thresholds:
         """Where the modes cross with ``num_resident`` resident layers."""
@@ -334,7 +344,9 @@ class Planner:
         kv_tokens = units * device.kv_tokens if device.fits else 0
         return Scheme(name, kind, num_resident, degree, device, kv_tokens, load.decode_rows, mode, seconds, times, rate)
 
-    def _raise_nothing_fits(self, workload: Workload, device: DeviceMemory) -> None:
+    def _raise_nothing_fits(self, workload: Workload) -> None:
+        found = [planner._sidp(workload, 0).device for planner in (self, self._was_alone)]
+        device = min(found, key=lambda d: d.shortfall_bytes - d.items["KV cache"] - d.items["unused"])
         kv = memory.KvCache(self.shape, workload.context, self.settings.block_tokens).sequence_bytes(workload.context)
         room = device.items["KV cache"] + device.items["unused"]
         lacking = kv - room + device.shortfall_bytes

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sidp_runtime import Mode
+from sidp_runtime.integrations.vllm.engine import current
 from sidp_runtime.integrations.vllm.step import OPERATORS
 
 #: Where vLLM cuts by itself, and the operators of the pool.
@@ -24,6 +26,11 @@ def report(worker: Any) -> tuple[Counter[str], list[str], dict[str, Any]]:
     """For ``collective_rpc``: what was ``seen``, where vLLM would have cut, and what keys its compile cache."""
     config = worker.vllm_config
     return seen, config.compilation_config.splitting_ops, config.additional_config
+
+
+def fixed_mode(worker: Any) -> Mode | None:
+    """For ``collective_rpc``: of the engine's policy."""
+    return current().runtime.policy.fixed_mode
 
 
 class Piece:

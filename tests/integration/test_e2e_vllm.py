@@ -165,8 +165,11 @@ def test_sidp_is_started_for_each_residency_that_the_planner_picks(model: Path) 
     (model / "config.json").write_text(json.dumps(bundled_config("Qwen/Qwen3-32B")))
     words = ("--plan-for", "H200", "--workloads", "512:2048:208,8192:64:24,512:128:24,512:2048:260", "--repeats", "1")
     rate = {"dp": 1e6, "sidp": 1e5}
+    words += ("--logs", str(model / "logs"))
     code, report, ran = run(model, "dp,sidp", *words, rate=rate, gpu_memory_utilization=0.57, max_num_seqs=256)
     assert code == 0
+    folders = {path.name for path in (model / "logs").iterdir()}
+    assert folders == {"dp-0", "sidp-0-0-auto", "sidp-0-40-auto", "sidp-0-62-was"}
     assert ran["resident"] == {"512:2048:208": 0, "8192:64:24": 40, "512:128:24": 62, "512:2048:260": 0}
     assert ran["mode"] == {"512:2048:208": "auto", "8192:64:24": "auto", "512:128:24": "was", "512:2048:260": "auto"}
     assert ran["order"] == ["dp", "sidp, 0 resident", "sidp, 40 resident", "sidp, 62 resident, mode was"]

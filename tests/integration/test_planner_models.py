@@ -10,7 +10,7 @@ import transformers
 from helpers.model_configs import RELEASED
 
 from sidp_runtime.integrations.transformers import SUPPORTED_MODEL_TYPES, _layers
-from sidp_runtime.planner import ModelShape, warnings
+from sidp_runtime.planner import ModelShape, plan_warnings
 
 _TINY: dict[str, Any] = {
     "hidden_size": 72,
@@ -54,4 +54,4 @@ def test_parameters_and_pooled_layers_are_the_models(name: str) -> None:
 
 
 def test_the_planner_knows_what_the_integration_loads() -> None:
-    assert warnings.LOADED_MODEL_TYPES == SUPPORTED_MODEL_TYPES
+    assert plan_warnings.LOADED_MODEL_TYPES == SUPPORTED_MODEL_TYPES

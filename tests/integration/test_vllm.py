@@ -19,6 +19,7 @@ from helpers import static_graphs
 from helpers.vllm_engine import COMMON, EngineProcess, engines_of
 from helpers.vllm_model import save_real_model
 
+from sidp_runtime import Mode
 from sidp_runtime.integrations.tokenizer import HfTokenizer
 from sidp_runtime.job import JobConfig, run
 
@@ -184,6 +185,7 @@ def test_resident_layers_are_vllms_own(pair: Pair, model: Path, tmp_path: Path, 
             kept.check()
         for engine, stats in zip(engines, kept.stats(), strict=True):
             seen, _, _ = engine.ask(static_graphs.report)
+            assert engine.ask(static_graphs.fixed_mode) == (Mode.WAS if mode == "was" else None)
             around = others if mode == "was" else LAYERS
             assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == around
             assert seen["sidp.vllm_compute"] == (0 if mode == "was" else 3 * others)

@@ -41,8 +41,17 @@ def test_lines_between_which_nothing_but_decoding_happened_count() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Any]:
-    """A run, and its logs in ``logs``: of both engines of each start, and of what failed or is none."""
-    for folder, running in (("sidp-0-20", 5), ("dp-0", 3), ("tp-0", 4), ("sidp-0-40", 6), ("notes", 7)):
+    """A run, and its logs in ``logs``: of both engines of each start, and of mode was, of what failed or is none."""
+    folders = {
+        "sidp-0-20": 5,
+        "dp-0": 3,
+        "tp-0": 4,
+        "sidp-0-40": 6,
+        "notes": 7,
+        "sidp-0-24-auto": 8,
+        "sidp-0-20-was": 9,
+    }
+    for folder, running in folders.items():
         for rank in (0, 1):
             log = tmp_path / "logs" / folder / f"engine-{rank}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +61,13 @@ def run(tmp_path: Path) -> dict[str, Any]:
         "cases": {"e2e_vllm": {"engine": engine, "sidp": {}, "world_size": 2}},
         "figures": [
             {"metric": "kv_of_an_engine", "subject": "sidp", "parameters": {"resident": 20}, "median": 130_000.0},
+            {"metric": "kv_of_an_engine", "subject": "sidp", "parameters": {"resident": 24}, "median": 120_000.0},
+            {
+                "metric": "kv_of_an_engine",
+                "subject": "sidp",
+                "parameters": {"resident": 20, "mode": "was"},
+                "median": 1000.0,
+            },
             {"metric": "kv_of_an_engine", "subject": "dp", "parameters": {}, "median": 60_000.0},
             {"metric": "kv_of_an_engine", "subject": "tp", "parameters": {}, "median": 60_000.0},
             {"metric": "start", "subject": "sidp", "parameters": {"resident": 40}, "median": 90.0},
@@ -79,14 +95,16 @@ def test_a_run_is_read_and_its_table_printed(
     assert found["steps"] == [
         {"system": "dp", "resident": None, "sequences": 3, "rows": 4, "kv_tokens": [30_000] * 2, "ms": [30.0, 29.7]},
         {"system": "sidp", "resident": 20, "sequences": 5, "rows": 8, "kv_tokens": [65_000] * 2, "ms": [50.0, 49.5]},
+        {"system": "sidp", "resident": 24, "sequences": 8, "rows": 8, "kv_tokens": [60_000] * 2, "ms": [80.0, 79.21]},
     ]
     assert (found["commit"], found["gpu"], found["replicas"]) == ("same", "H200", 2)
     assert found["runs"] == [{"command": "same", "time": "same", "settings": "same"}]
-    assert [row.split(" | ")[0] for row in capsys.readouterr().out.splitlines()[2:]] == ["| plain DP", "| 20"]
+    assert [row.split(" | ")[0] for row in capsys.readouterr().out.splitlines()[2:]] == ["| plain DP", "| 20", "| 24"]
 
 
 def test_layers_that_were_given_are_counted_and_larger_steps_were_in_was(run: dict[str, Any], tmp_path: Path) -> None:
     run["figures"][0]["parameters"] = {}
+    del run["figures"][1:3]
     (tmp_path / "logs" / "sidp-0-20").rename(tmp_path / "logs" / "sidp-0")
     for rows, found in ((256, [None, 2]), (8, [None, 2]), (7, [None])):
         run["cases"]["e2e_vllm"]["sidp"] = {"resident_layers": [1, 5], "max_rows": rows}

@@ -267,9 +267,11 @@ def test_what_a_busy_gpu_gives_is_measured_twice_used_and_not_kept(busy: list[fl
 
 
 def test_where_one_mode_is_fixed_a_known_gpu_has_its_link_measured_alone(busy: list[float], cache: Path) -> None:
-    busy += [3e8, 6e9]
-    found = ModePolicy.calibrated(fixed=Mode.WAS)
-    assert found.profile == replace(MEASURED, copy_bytes_per_s=3e8)
+    busy += [7e9, 1e8, 3e8, 6e9]
+    assumed = ("round_trip_us", "request_bytes_per_s")
+    assert ModePolicy.calibrated(fixed=Mode.WAS).profile == replace(MEASURED, copy_bytes_per_s=7e9, assumed=assumed)
+    with pytest.warns(DoubtfulProfileWarning, match=r"copy_bytes_per_s 0\.3 GB/s, known 10"):
+        assert ModePolicy.calibrated(fixed=Mode.WAS).profile.copy_bytes_per_s == 3e8
     assert not cache.exists()
     assert ModePolicy.calibrated(fixed={4: Mode.WAS}).profile.assumed == ("round_trip_us",)  # measured and stored
     assert ModePolicy.calibrated(fixed=Mode.WAS).profile.assumed == ("round_trip_us",)

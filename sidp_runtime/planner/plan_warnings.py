@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LOADED_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # by integrations/transformers.py; compared by a test
 
 
-def of(plan: Plan, longest: Workload, step_tokens: int) -> list[str]:
+def warnings_of(plan: Plan, longest: Workload, step_tokens: int) -> list[str]:
     """``longest``: of the plan's workloads; ``step_tokens``: the most tokens of a step."""
     shape, gpu, replicas, settings = plan.shape, plan.gpu, plan.replicas, plan.settings
     dp, best, cas = plan.dp, plan.best, plan.cas
