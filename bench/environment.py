@@ -26,7 +26,7 @@ _PACKAGES = (
     "cuda-bindings",
     "nvidia-ml-py",
 )
-_SETTINGS = re.compile(r"(NCCL|NVSHMEM|SIDP|CUDA|TORCH)_\w+")
+_SETTINGS = re.compile(r"(NCCL|NVSHMEM|SIDP|CUDA|TORCH|VLLM_USE)_\w+")
 
 
 def environment() -> dict[str, Any]:

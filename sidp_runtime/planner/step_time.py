@@ -14,7 +14,7 @@ from .model_shape import ModelShape
 #: ``remote_compute`` calls a layer: qkv, output projection, MLP.
 OPS_PER_LAYER = 3
 #: Seconds that a remote layer costs in CaS besides round trips, rows and, where layers are resident, ``kResidentWait``.
-#: Fitted to decode steps of vLLM on two H200, which are all within 7 % with both and up to 12 % short without
+#: Fitted to decode steps of vLLM on two H200, which are all within 7 % with both and up to 11 % short without
 #: (``docs/model.md``).
 CAS_WAIT_S = 40e-6
 CAS_MEASURED_REPLICAS = 4  # with up to so many CaS may decide; with more it was not measured
