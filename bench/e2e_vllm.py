@@ -175,7 +175,8 @@ def plan(workload: str, options: argparse.Namespace) -> Plan:
     shape, gpu = ModelShape.read(options.model), GpuProfile.read(options.plan_for)
     graphs = options.engine.get("compilation_config")
     sizes = graphs.get("cudagraph_capture_sizes") or () if isinstance(graphs, dict) else ()
-    return Planner(shape, gpu, options.replicas, memory, row_sizes=tuple(sorted(sizes)), **given).plan(*job(workload))
+    planner = Planner(shape, gpu, options.replicas, memory, row_sizes=tuple(sorted(set(sizes))), **given)
+    return planner.plan(*job(workload))
 
 
 def job(workload: str) -> list[Workload]:

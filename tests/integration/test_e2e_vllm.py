@@ -228,7 +228,7 @@ def test_the_planner_pads_as_the_engines_do(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Planner, "plan", plan)
     words = ["--model", "Qwen/Qwen3-32B", "--workloads", "64:16:2", "--plan-for", "H200", "--engine"]
-    e2e_vllm.parse([*words, '{"compilation_config": {"cudagraph_capture_sizes": [8, 1]}}'])
+    e2e_vllm.parse([*words, '{"compilation_config": {"cudagraph_capture_sizes": [8, 1, 8]}}'])
     e2e_vllm.parse([*words, '{"compilation_config": 3}'])
     assert [planner.row_sizes for planner in planned] == [(1, 8), ()]
 

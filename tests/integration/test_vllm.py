@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -34,6 +35,15 @@ TEXTS = (
 NEW_TOKENS = 10
 KV_BYTES = (96 << 20, 64 << 20)  # of the engines of the pair
 LAYERS, STREAMED = 30, 15
+
+
+RESIDENT = [0, 7, 8, LAYERS - 1]
+
+
+def cut_engines(model: Path, folder: Path, **pool: Any) -> contextlib.AbstractContextManager[list[EngineProcess]]:
+    """Two engines whose graphs are cut as piecewise CUDA graphs are."""
+    more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
+    return engines_of(model, folder, KV_BYTES, pool, environment=static_graphs.ENVIRONMENT, **more)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +157,11 @@ def test_a_killed_engine_does_not_stop_the_other(pair: Pair) -> None:
 def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
     pair: Pair, model: Path, tmp_path: Path
 ) -> None:
-    """As piecewise CUDA graphs need it, in both modes; and the tokens are those of plain vLLM."""
-    more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
-    with engines_of(model, tmp_path, KV_BYTES, environment=static_graphs.ENVIRONMENT, **more) as engines:
+    """As piecewise CUDA graphs need it, in both modes; and the tokens are those of plain vLLM.
+
+    Resident layers have vLLM's own linears, between the operators at which a CaS step takes turns.
+    """
+    with cut_engines(model, tmp_path, resident_layers=RESIDENT) as engines:
         graphs = Pair(engines, [engine.answer() for engine in engines], pair.expected, pair.loads)
         for stats in graphs.stats():  # of the warm-up nothing is counted, copied, sent or learnt
             assert not stats["fetches"]
@@ -161,37 +173,31 @@ def test_captured_pieces_read_and_write_the_same_addresses_in_every_step(
             graphs.pin(mode)
             graphs.check()
             assert all(stats["steps"][mode] == NEW_TOKENS for stats in graphs.stats())
-        for engine in engines:
+        others = LAYERS - len(RESIDENT)
+        for engine, stats in zip(engines, graphs.stats(), strict=True):
             seen, splitting_ops, key = engine.ask(static_graphs.report)
             assert splitting_ops == static_graphs.SPLITTING_OPS
             assert key["sidp_graph"]["computes"]
-            assert seen["sidp.vllm_compute"] == 3 * LAYERS
+            assert seen["sidp.vllm_compute"] == 3 * others
             assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == LAYERS
-            assert seen["replayed"] > seen["captured"] > 3 * LAYERS
+            assert seen["replayed"] > seen["captured"] > 3 * others
+            assert stats["fetches"] == NEW_TOKENS * others // 2
+            assert sum(stats["requests_by_peer"]) == NEW_TOKENS * 3 * others // 2
+            assert engine.ask(static_graphs.fixed_mode) is None
 
 
-@pytest.mark.parametrize("mode", ["was", "auto"])
-def test_resident_layers_are_vllms_own(pair: Pair, model: Path, tmp_path: Path, mode: str) -> None:
-    """In mode was without any operator; else with those at which a CaS step takes turns. Tokens stay plain vLLM's."""
-    resident = [0, 7, 8, LAYERS - 1]
-    others = LAYERS - len(resident)
-    more = {"enforce_eager": False, "compilation_config": static_graphs.CONFIG}
-    pool = {"mode": mode, "resident_layers": resident}
-    environment = static_graphs.ENVIRONMENT
-    with engines_of(model, tmp_path, KV_BYTES, pool, environment=environment, **more) as engines:
+def test_in_mode_was_resident_layers_are_vllms_own(pair: Pair, model: Path, tmp_path: Path) -> None:
+    with cut_engines(model, tmp_path, mode="was", resident_layers=RESIDENT) as engines:
         kept = Pair(engines, [engine.answer() for engine in engines], pair.expected, pair.loads)
-        for pinned in ("was",) if mode == "was" else ("was", "cas"):
-            kept.pin(pinned)
-            kept.check()
+        kept.check()
+        others = LAYERS - len(RESIDENT)
         for engine, stats in zip(engines, kept.stats(), strict=True):
             seen, _, _ = engine.ask(static_graphs.report)
-            assert engine.ask(static_graphs.fixed_mode) == (Mode.WAS if mode == "was" else None)
-            around = others if mode == "was" else LAYERS
-            assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == around
-            assert seen["sidp.vllm_compute"] == (0 if mode == "was" else 3 * others)
+            assert seen["sidp.vllm_fetch"] == seen["sidp.vllm_release"] == others
+            assert not seen["sidp.vllm_compute"]
             assert stats["fetches"] == NEW_TOKENS * others // 2
-            requests = 0 if mode == "was" else NEW_TOKENS * 3 * others // 2
-            assert sum(stats["requests_by_peer"]) == requests
+            assert not any(stats["requests_by_peer"])
+            assert engine.ask(static_graphs.fixed_mode) == Mode.WAS
 
 
 def test_job_of_three_engines_outlives_one(pair: Pair, model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
