@@ -79,7 +79,7 @@ class ModePolicy:
         profile = _stored(path, device)
         if profile is None and isinstance(fixed, Mode) and (known := _known_rates(device)) is not None:
             marked = replace(known, assumed=("round_trip_us", "request_bytes_per_s", "copy_bytes_per_s"))
-            profile = _less_doubtful(lambda: _with_link(marked, measure_link(device, pool)), device)
+            profile = _with_link(marked, device, pool)
             _warn_of(doubts(profile, device), path)
         elif profile is None:
             profile = _less_doubtful(lambda: measure(device, pool), device)
@@ -89,7 +89,7 @@ class ModePolicy:
                 machine_profile.write(path, machine_profile.document(profile, key, memory_bytes(device), source))
         elif pool is not None and "copy_bytes_per_s" in profile.assumed:
             known = profile
-            profile = _less_doubtful(lambda: _with_link(known, measure_link(device, pool)), device)
+            profile = _with_link(known, device, pool)
             if profile is not known and not _warn_of(doubts(profile, device), path):  # the rest was measured, and stays
                 machine_profile.amend(path, profile, "the link later, through a pool")
         return cls(profile, fixed, hysteresis)
@@ -121,15 +121,20 @@ def _less_doubtful(take: Callable[[], MachineProfile], device: int | None) -> Ma
     return min(first, take(), key=lambda found: (len(doubts(found, device)), -found.copy_bytes_per_s))
 
 
-def _with_link(profile: MachineProfile, link: float | None) -> MachineProfile:
-    """With a measured link in place of an assumed one, and what requests are assumed to take by it; itself without."""
-    if link is None:
-        return profile
-    assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
-    rows = profile.request_bytes_per_s
-    if rows is not None and "request_bytes_per_s" in assumed:
-        rows *= link / profile.copy_bytes_per_s
-    return replace(profile, copy_bytes_per_s=link, request_bytes_per_s=rows, assumed=assumed)
+def _with_link(profile: MachineProfile, device: int | None, pool: WeightPool | None) -> MachineProfile:
+    """With its link measured, not assumed, and what requests are assumed to take by it; itself if that cannot be."""
+
+    def measured() -> MachineProfile:
+        link = measure_link(device, pool)
+        if link is None:
+            return profile
+        assumed = tuple(name for name in profile.assumed if name != "copy_bytes_per_s")
+        rows = profile.request_bytes_per_s
+        if rows is not None and "request_bytes_per_s" in assumed:
+            rows *= link / profile.copy_bytes_per_s
+        return replace(profile, copy_bytes_per_s=link, request_bytes_per_s=rows, assumed=assumed)
+
+    return _less_doubtful(measured, device)
 
 
 def _stored(path: Path, device: int | None) -> MachineProfile | None:

@@ -104,6 +104,11 @@ class DeviceMemory:
     def fits(self) -> bool:
         return self.shortfall_bytes == 0
 
+    @property
+    def kv_room_bytes(self) -> int:
+        """For KV, of sequences of any length."""
+        return self.items["KV cache"] + self.items["unused"]
+
 
 def activation_bytes(shape: ModelShape, step_tokens: int, sampled: int) -> int:
     """Live at once in the MLP of a step: residual and input, gate, up and their product; besides logits in float32."""

@@ -316,9 +316,9 @@ class Planner:
         self, scheme: Scheme, job: Sequence[Workload], step: Callable[[StepLoad], tuple[float, bool]]
     ) -> tuple[Scheme, bool]:
         """The scheme at the rate of the job, and whether most of its time is in CaS."""
-        degree, items = scheme.devices_per_unit, scheme.device.items
+        degree = scheme.devices_per_unit
         kv = memory.KvCache(self.shape, max(p.context for p in job), self.settings.block_tokens, degree)
-        room = items["KV cache"] + items["unused"] if scheme.device.fits else 0
+        room = scheme.device.kv_room_bytes if scheme.device.fits else 0
         if kv.sequence_bytes(kv.context) > room:
             return replace(scheme, batch=0.0, mode=None, step_s=None, times=None, tokens_per_s=None), False
         table = memory.sequence_bytes_by_tokens(kv)
@@ -345,11 +345,9 @@ class Planner:
         return Scheme(name, kind, num_resident, degree, device, kv_tokens, load.decode_rows, mode, seconds, times, rate)
 
     def _raise_nothing_fits(self, workload: Workload) -> None:
-        found = [planner._sidp(workload, 0).device for planner in (self, self._was_alone)]
-        device = min(found, key=lambda d: d.shortfall_bytes - d.items["KV cache"] - d.items["unused"])
+        devices = [planner._sidp(workload, 0).device for planner in (self, self._was_alone)]
         kv = memory.KvCache(self.shape, workload.context, self.settings.block_tokens).sequence_bytes(workload.context)
-        room = device.items["KV cache"] + device.items["unused"]
-        lacking = kv - room + device.shortfall_bytes
+        lacking = min(kv - device.kv_room_bytes + device.shortfall_bytes for device in devices)
         raise CapacityError(
             f"{self.shape.name} on {self.replicas} x {self.gpu.name}: no scheme has room for one sequence of "
             f"{workload.context} tokens ({kv / 2**30:.2f} GiB of KV); SiDP lacks {lacking / 2**30:.2f} GiB a device. "

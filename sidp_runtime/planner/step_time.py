@@ -92,8 +92,8 @@ def step_times(gpu: GpuProfile, shape: ModelShape, load: StepLoad, streamed: Str
     """Both modes. WaS: the work with the stream's bytes written to memory beside it, against a stream that takes turns.
 
     CaS with all replicas busy: each owner computes its layers for every replica, which is as much work as all layers
-    for itself; round trips, the rows' bytes and waits come on top. The policy knows no attention, and
-    so not what that makes them wait, ``CAS_WAIT_S``.
+    for itself; round trips, the rows' bytes and waits come on top. The policy knows no attention, and so not what that
+    makes them wait, ``CAS_WAIT_S``.
     """
     core = _C.StepShape(
         total_bytes=shape.linear_bytes,

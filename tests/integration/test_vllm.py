@@ -35,8 +35,6 @@ TEXTS = (
 NEW_TOKENS = 10
 KV_BYTES = (96 << 20, 64 << 20)  # of the engines of the pair
 LAYERS, STREAMED = 30, 15
-
-
 RESIDENT = [0, 7, 8, LAYERS - 1]
 
 
